@@ -1,0 +1,46 @@
+# make demo | test | check: each sets up .venv first; the second time that takes seconds.
+PYTHON ?= python3
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+# A path, a wheel or a URL; whatever pip can install.
+DETECTRON2 ?= git+https://github.com/facebookresearch/detectron2.git@02b5c4e295e990042a714712c21dc79b731e8833
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_OUTPUT ?= output/demo
+
+.PHONY: demo test check lint types setup clean
+
+demo: setup
+	$(BIN)/python tools/train_net.py --config-file configs/quick/pfpn_gnp_shapes.yaml OUTPUT_DIR $(DEMO_OUTPUT)
+
+test: setup
+	$(BIN)/python -m pytest tests
+
+check: lint types test
+
+lint: setup
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+# Detectron2 is optional: where it cannot be had, say so in one line and go on.
+setup: $(VENV)/.installed
+	@if [ "$$(cat $(VENV)/.detectron2 2>/dev/null)" != "$(DETECTRON2)" ]; then \
+	  echo "Installing Detectron2 from $(DETECTRON2) (a few minutes; log: $(VENV)/detectron2.log)"; \
+	  if $(BIN)/pip install --no-build-isolation "$(DETECTRON2)" > $(VENV)/detectron2.log 2>&1; then \
+	    echo "$(DETECTRON2)" > $(VENV)/.detectron2; \
+	  else \
+	    echo "Detectron2 could not be installed (see $(VENV)/detectron2.log); going on without it: what needs it is skipped. Set DETECTRON2=<path, wheel or URL> to install it from elsewhere."; \
+	  fi; \
+	fi
+
+# setuptools below 82 still has pkg_resources, which detectron2.model_zoo imports.
+$(VENV)/.installed: setup.py Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "setuptools<81" wheel ninja $(TORCH)
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) output build *.egg-info

@@ -1,0 +1,20 @@
+"""Per-layer GroupNorm group counts from the layer's own widths. Imports torch at most."""
+
+from gnpractical.analysis.layer_report import format_report, group_report
+from gnpractical.layers import PracticalGroupNorm
+from gnpractical.num_groups import (
+    gradient_variance_ratio,
+    ideal_num_groups,
+    practical_num_groups,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PracticalGroupNorm",
+    "format_report",
+    "gradient_variance_ratio",
+    "group_report",
+    "ideal_num_groups",
+    "practical_num_groups",
+]

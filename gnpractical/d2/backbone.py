@@ -1,0 +1,41 @@
+"""Detectron2's ResNet backbones with ``MODEL.GNP.NORM`` in every layer, depths 18 to 152."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    Backbone,
+    build_resnet_backbone,
+)
+from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
+
+
+@BACKBONE_REGISTRY.register()
+def build_gnp_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """``build_resnet_backbone`` with the norm ``MODEL.GNP.NORM``."""
+    return build_resnet_backbone(_with_gnp_norm(cfg), input_shape)
+
+
+@BACKBONE_REGISTRY.register()
+def build_gnp_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """``build_resnet_fpn_backbone`` with the norm ``MODEL.GNP.NORM``, in the FPN too."""
+    return build_resnet_fpn_backbone(_with_gnp_norm(cfg), input_shape)
+
+
+def _with_gnp_norm(cfg: CfgNode) -> CfgNode:
+    if "GNP" not in cfg.MODEL:
+        raise ValueError(
+            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} needs the MODEL.GNP keys: call "
+            f"gnpractical.d2.add_gnp_config(cfg) before the config file is merged."
+        )
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.RESNETS.NORM = cfg.MODEL.FPN.NORM = cfg.MODEL.GNP.NORM
+    # GroupNorm backbones, ours and Detectron2's model zoo's, stride in the 3x3 convolution.
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    if cfg.MODEL.RESNETS.DEPTH in (18, 34):
+        # The one width Detectron2 allows there; its default is that of the deeper ones.
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    return cfg

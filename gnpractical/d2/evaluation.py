@@ -1,0 +1,184 @@
+"""Evaluators: the right ones for a data set, panoptic quality, and a picture of predictions."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import logging
+import os
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+from detectron2.utils import comm
+from PIL import Image
+from tabulate import tabulate
+
+from gnpractical.datasets.panoptic import id_to_rgb, panoptic_quality
+from gnpractical.datasets.pictures import draw_boxes, draw_segments, tile
+
+logger = logging.getLogger(__name__)
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str | None = None):
+    """The evaluators for what ``cfg``'s model predicts on ``dataset_name``.
+
+    Chosen by the data set's ``evaluator_type``, as in Detectron2's own training script; on
+    panoptic data a model without a semantic branch is evaluated on boxes and masks alone.
+
+    Raises:
+        ValueError: the data set's metadata name no evaluator this function knows.
+    """
+    output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind == "cityscapes_instance":
+        return CityscapesInstanceEvaluator(dataset_name)
+    if kind == "cityscapes_sem_seg":
+        return CityscapesSemSegEvaluator(dataset_name)
+    if kind == "pascal_voc":
+        return PascalVOCDetectionEvaluator(dataset_name)
+    if kind == "lvis":
+        return LVISEvaluator(dataset_name, output_dir=output_dir)
+    evaluators: list[DatasetEvaluator] = []
+    panoptic = kind == "coco_panoptic_seg" and "Panoptic" in cfg.MODEL.META_ARCHITECTURE
+    if kind == "sem_seg" or panoptic:
+        evaluators.append(SemSegEvaluator(dataset_name, output_dir=output_dir))
+    if kind in ("coco", "coco_panoptic_seg"):
+        evaluators.append(COCOEvaluator(dataset_name, output_dir=output_dir))
+    if panoptic:
+        evaluators.append(PanopticEvaluator(dataset_name, output_dir))
+    if not evaluators:
+        raise ValueError(
+            f"Data set {dataset_name!r} has the evaluator_type {kind!r}, for which there is no "
+            f"evaluator here; set MetadataCatalog.get({dataset_name!r}).evaluator_type."
+        )
+    evaluators.append(PredictionGrid(dataset_name, os.path.join(output_dir, "predictions.png")))
+    return DatasetEvaluators(evaluators)
+
+
+class PanopticEvaluator(COCOPanopticEvaluator):
+    """Detectron2's panoptic evaluator with our scorer, so that ``panopticapi`` is not needed."""
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        for input, output in zip(inputs, outputs, strict=True):
+            ids, segments = output["panoptic_seg"]
+            ids = ids.cpu().numpy().astype(np.int64)
+            if segments is None:  # ids are category * label_divisor + instance, -1 is void
+                segments = self._segments_of_labels(ids)
+                ids = ids + 1
+            png = io.BytesIO()
+            Image.fromarray(id_to_rgb(ids)).save(png, format="PNG")
+            self._predictions.append(
+                {
+                    "image_id": input["image_id"],
+                    "file_name": Path(input["file_name"]).stem + ".png",
+                    "png_string": png.getvalue(),
+                    "segments_info": [self._convert_category_id(dict(s)) for s in segments],
+                }
+            )
+
+    def _segments_of_labels(self, labels: np.ndarray) -> list[dict[str, Any]]:
+        things = set(self._metadata.thing_dataset_id_to_contiguous_id.values())
+        return [
+            {
+                "id": int(label) + 1,
+                "category_id": int(label) // self._metadata.label_divisor,
+                "isthing": int(label) // self._metadata.label_divisor in things,
+            }
+            for label in np.unique(labels)
+            if label >= 0
+        ]
+
+    def evaluate(self) -> OrderedDict | None:
+        comm.synchronize()
+        predictions = list(itertools.chain(*comm.gather(self._predictions)))
+        if not comm.is_main_process():
+            return None
+        with tempfile.TemporaryDirectory(prefix="panoptic_eval") as pred_dir:
+            for p in predictions:
+                (Path(pred_dir) / p["file_name"]).write_bytes(p.pop("png_string"))
+            pred_json = Path(self._output_dir or pred_dir) / "panoptic_predictions.json"
+            pred_json.write_text(json.dumps({"annotations": predictions}))
+            quality = panoptic_quality(
+                self._metadata.panoptic_json, self._metadata.panoptic_root, pred_json, pred_dir
+            )
+        rows = [
+            [name] + [100 * q[k] for k in ("pq", "sq", "rq")] + [q["n"]]
+            for name, q in quality.items()
+        ]
+        logger.info(
+            "Panoptic Evaluation Results:\n%s",
+            tabulate(rows, ["", "PQ", "SQ", "RQ", "#categories"], tablefmt="pipe", floatfmt=".3f"),
+        )
+        suffixes = {"All": "", "Things": "_th", "Stuff": "_st"}
+        result = {
+            key.upper() + suffixes[name]: 100 * q[key]
+            for name, q in quality.items()
+            for key in ("pq", "sq", "rq")
+        }
+        return OrderedDict(panoptic_seg=result)
+
+
+class PredictionGrid(DatasetEvaluator):
+    """Draws the first images of a data set, each beside what the model predicts, into one PNG."""
+
+    def __init__(self, dataset_name: str, path: str, num_images: int = 12) -> None:
+        self._metadata = MetadataCatalog.get(dataset_name)
+        self._path, self._num_images = path, num_images
+        self.reset()
+
+    def reset(self) -> None:
+        self._tiles: list[np.ndarray] = []
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        if not comm.is_main_process():
+            return
+        for input, output in zip(inputs, outputs, strict=True):
+            if len(self._tiles) < self._num_images:
+                image = read_image(input["file_name"], "RGB")
+                self._tiles.append(np.concatenate([image, self._draw(image, output)], axis=1))
+
+    def _draw(self, image: np.ndarray, output: dict) -> np.ndarray:
+        things, stuff = self._metadata.get("thing_classes", []), self._metadata.get("stuff_classes")
+        if "panoptic_seg" in output and output["panoptic_seg"][1] is not None:
+            ids, segments = output["panoptic_seg"]
+            rows = [
+                (s["id"], s["category_id"], things[s["category_id"]])
+                if s["isthing"]
+                else (s["id"], len(things) + s["category_id"], stuff[s["category_id"]])
+                for s in segments
+            ]
+            return draw_segments(image, ids.cpu().numpy(), rows)
+        if "instances" in output:
+            found = output["instances"].to("cpu")
+            found = found[found.scores > 0.5]
+            classes = found.pred_classes.tolist()
+            labels = [f"{things[c]} {s:.2f}" for c, s in zip(classes, found.scores, strict=True)]
+            return draw_boxes(image, found.pred_boxes.tensor.tolist(), classes, labels)
+        if "sem_seg" in output:
+            classes = output["sem_seg"].argmax(dim=0).cpu().numpy()
+            return draw_segments(image, classes, [(c, c, stuff[c]) for c in np.unique(classes)])
+        return image
+
+    def evaluate(self) -> None:
+        if self._tiles:
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            Image.fromarray(tile(self._tiles)).save(self._path)
+            logger.info("Predictions, each beside its image: %s", self._path)

@@ -1,0 +1,68 @@
+"""Starting one or many processes, by Detectron2's own options or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.config import CfgNode
+from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+
+Main = Callable[[argparse.Namespace, CfgNode], Any]
+
+
+def launch(main: Main, args: argparse.Namespace, cfg: CfgNode) -> Any:
+    """Run ``main(args, cfg)`` in every process that ``args`` or torchrun asks for.
+
+    Without a GPU the processes run on the CPU (gloo), sharing its cores.
+
+    Args:
+        args: of ``detectron2.engine.default_argument_parser``.
+
+    Raises:
+        ValueError: more processes than GPUs, or several machines without an address.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return _join_torchrun(main, args, cfg)
+    gpus = torch.cuda.device_count()
+    if gpus and args.num_gpus > gpus:
+        raise ValueError(f"--num-gpus {args.num_gpus}: only {gpus} GPUs are visible")
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ValueError(
+            "--num-machines needs --dist-url tcp://<address of machine 0>:<free port>, the same "
+            "on every machine"
+        )
+    return detectron2_launch(
+        _share_cores,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(main, args, cfg),
+    )
+
+
+def _join_torchrun(main: Main, args: argparse.Namespace, cfg: CfgNode) -> Any:
+    on_gpu = torch.cuda.is_available()
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if on_gpu else "gloo")  # addresses from the environment
+    try:
+        comm.create_local_process_group(local_size)
+        comm.synchronize()
+        return _share_cores(main, args, cfg)
+    finally:
+        dist.destroy_process_group()
+
+
+def _share_cores(main: Main, args: argparse.Namespace, cfg: CfgNode) -> Any:
+    if not torch.cuda.is_available() and comm.get_local_size() > 1:
+        # Two processes with a thread for every core each slow one another many times over.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // comm.get_local_size()))
+    return main(args, cfg)

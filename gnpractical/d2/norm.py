@@ -1,0 +1,80 @@
+"""``GN_PRACTICAL`` and its kin in Detectron2's ``get_norm``."""
+
+from __future__ import annotations
+
+import difflib
+import types
+
+from detectron2.config import CfgNode
+from detectron2.layers import batch_norm
+from torch import nn
+
+from gnpractical.layers.group_norm import group_norm_from_name, norm_names
+
+DETECTRON2_NORM_NAMES = [
+    "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N"
+]  # fmt: skip
+
+
+def extend(function: types.FunctionType, replacement: types.FunctionType) -> types.FunctionType:
+    """Make ``function`` run ``replacement``'s code, for everyone who already holds it.
+
+    ``get_norm`` is imported by name into a dozen of Detectron2's modules and into users' own, so
+    rebinding one name reaches too few callers, and modules imported later are missed by a sweep.
+    The function object is the one thing all of them share. ``replacement`` must not close over
+    anything and must import what it needs, since it runs with ``function``'s globals.
+
+    Returns:
+        The original behaviour as a separate function. Extending twice changes nothing.
+    """
+    if not hasattr(function, "_gnp_original"):
+        original = types.FunctionType(
+            function.__code__, function.__globals__, function.__name__, function.__defaults__
+        )
+        function._gnp_original = original  # type: ignore[attr-defined]
+        function.__code__ = replacement.__code__
+    return function._gnp_original  # type: ignore[attr-defined]
+
+
+def build_norm(norm, out_channels: int) -> nn.Module | None:
+    """What ``get_norm(norm, out_channels)`` returns once ``gnpractical.d2`` is imported.
+
+    Raises:
+        ValueError: unknown name; the message lists the valid ones.
+    """
+    if isinstance(norm, str) and norm:
+        ours = group_norm_from_name(norm, out_channels)
+        if ours is not None:
+            return ours
+        if norm not in DETECTRON2_NORM_NAMES:
+            raise ValueError(
+                f"{unknown_norm_message(norm)} It comes from one of the config's NORM keys, such "
+                f"as MODEL.RESNETS.NORM, MODEL.FPN.NORM or MODEL.SEM_SEG_HEAD.NORM."
+            )
+    return _detectron2_get_norm(norm, out_channels)
+
+
+def check_norm_names(cfg: CfgNode, prefix: str = "") -> None:
+    """Raise ValueError, naming the config key, if a ``NORM`` of ``cfg`` is unknown."""
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            check_norm_names(value, f"{prefix}{key}.")
+        elif key == "NORM" and isinstance(value, str) and value:
+            if value not in DETECTRON2_NORM_NAMES and group_norm_from_name(value, 1) is None:
+                raise ValueError(f"{prefix}{key}: {unknown_norm_message(value)}")
+
+
+def unknown_norm_message(norm: str) -> str:
+    valid = norm_names() + DETECTRON2_NORM_NAMES
+    near = difflib.get_close_matches(norm.upper(), valid, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"Unknown norm {norm!r}; valid are {', '.join(valid)}, and '' for none.{hint}"
+
+
+def _get_norm(norm, out_channels):
+    from gnpractical.d2.norm import build_norm
+
+    return build_norm(norm, out_channels)
+
+
+_detectron2_get_norm = extend(batch_norm.get_norm, _get_norm)

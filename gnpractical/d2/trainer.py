@@ -1,0 +1,123 @@
+"""Detectron2's DefaultTrainer with the group report, checked checkpoints, and CPU processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import weakref
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.utils import comm
+from torch import nn
+
+from gnpractical.analysis.layer_report import format_report, group_report
+from gnpractical.d2.checkpoint import GNPCheckpointer
+from gnpractical.d2.evaluation import build_evaluator
+from gnpractical.d2.preflight import check_datasets, check_disk_space
+from gnpractical.layers.pairing import require_resolved
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """As ``DefaultTrainer``, but
+
+    * logs the group report and writes it to ``OUTPUT_DIR/groups.json`` before the first step;
+    * checks data sets, annotations and disk space before the first step;
+    * saves and loads with :class:`GNPCheckpointer`;
+    * evaluates with the evaluators of ``evaluation.build_evaluator``;
+    * runs in several processes on CPU (gloo) as on GPUs (NCCL);
+    * when the loss is no longer finite, names the last good checkpoint.
+
+    Raises:
+        ValueError: norms without a group count, data sets missing or wrong.
+        OSError: too little disk space.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        # DefaultTrainer's own __init__ cannot be extended: it wraps the model for GPUs only and
+        # names its checkpointer. The order of the objects is the one it prescribes.
+        TrainerBase.__init__(self)
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        if comm.is_main_process():
+            check_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+        comm.synchronize()
+        model = self.build_model(cfg)
+        if comm.is_main_process():
+            check_disk_space(cfg, model)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        write_group_report(model, cfg.OUTPUT_DIR)
+
+        on_gpu = next(model.parameters()).is_cuda
+        model = create_ddp_model(
+            model, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if on_gpu else None
+        )
+        trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = trainer_class(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = GNPCheckpointer.from_config(cfg, model, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def run_step(self) -> None:
+        try:
+            super().run_step()
+        except FloatingPointError as e:  # Detectron2's: has the iteration and the losses
+            raise FloatingPointError(
+                f"{e}\n{self.checkpointer.last_good()} Try a lower SOLVER.BASE_LR, a longer "
+                f"SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS.ENABLED True."
+            ) from e
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = super().build_model(cfg)
+        require_resolved(model)
+        return model
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def evaluate(cls, cfg: CfgNode, *, resume: bool) -> dict:
+        """Evaluate ``MODEL.WEIGHTS``, or with ``resume`` OUTPUT_DIR's last checkpoint."""
+        if comm.is_main_process():
+            check_datasets(cfg, cfg.DATASETS.TEST)
+        comm.synchronize()
+        model = cls.build_model(cfg)
+        GNPCheckpointer.from_config(cfg, model).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        return cls.test(cfg, model)
+
+
+def write_group_report(model: nn.Module, output_dir: str) -> None:
+    """Log the group report of ``model`` and write its rows to ``output_dir/groups.json``."""
+    if not comm.is_main_process():
+        return
+    rows = group_report(model)
+    logger.info("Group counts:\n%s", format_report(rows))
+    path = os.path.join(output_dir, "groups.json")
+    with open(path, "w") as f:
+        json.dump([dataclasses.asdict(row) for row in rows], f, indent=1)
+    logger.info("Group counts written to %s", path)
+
+
+def adapt_to_device(cfg: CfgNode) -> None:
+    """Turn what needs a GPU off, with one line said, where there is none."""
+    if torch.device(cfg.MODEL.DEVICE).type != "cuda" or torch.cuda.is_available():
+        return
+    said = "No GPU is available: running on the CPU (MODEL.DEVICE cpu"
+    cfg.MODEL.DEVICE = "cpu"
+    if cfg.SOLVER.AMP.ENABLED:
+        cfg.SOLVER.AMP.ENABLED = False
+        said += ", SOLVER.AMP.ENABLED False"
+    if os.environ.get("RANK", "0") == "0":  # torchrun's; no process group exists yet
+        print(said + ")")

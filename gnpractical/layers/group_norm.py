@@ -1,0 +1,172 @@
+"""GroupNorm whose number of groups follows from the widths of the layer that feeds it."""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from gnpractical.num_groups import RULES, check_num_groups, check_width, practical_num_groups
+
+_RULE_NAMES = {f"GN_{rule.upper()}": rule for rule in RULES}
+
+
+class PracticalGroupNorm(nn.GroupNorm):
+    """GroupNorm over (N, C, *) with the number of groups that ``rule`` gives its layer.
+
+    Created without ``in_channels`` it is *unresolved* (``num_groups`` is None) until it is
+    registered in a module beside the weight layer that feeds it (see ``pairing``), or until
+    :meth:`resolve` is called. Parameters, state_dict keys and results are those of
+    ``nn.GroupNorm`` with the same number of groups.
+
+    Attributes:
+        in_channels (int | None): input width of the weight layer that feeds this norm.
+        num_channels (int): C.
+        num_groups (int | None): G, a divisor of C.
+        rule (str | int): a rule of ``num_groups.practical_num_groups``, or a fixed G.
+    """
+
+    num_groups: int  # None while unresolved; nn.GroupNorm declares int
+
+    def __init__(
+        self,
+        num_channels: int,
+        in_channels: int | None = None,
+        rule: str | int = "practical",
+        *,
+        gain_ratio: float = 1.0,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_width("num_channels", num_channels)
+        if isinstance(rule, str):
+            if rule not in RULES:
+                raise ValueError(f"rule must be one of {RULES} or a number of groups; got {rule!r}")
+        else:
+            check_width("rule", rule)
+        super().__init__(1, num_channels, eps=eps, affine=affine, device=device, dtype=dtype)
+        self.rule = rule
+        self.gain_ratio = gain_ratio
+        self.in_channels: int | None = None
+        self.num_groups = None  # type: ignore[assignment]
+        self._warned = False
+        if in_channels is not None:
+            self.resolve(in_channels)
+
+    @property
+    def norm_name(self) -> str:
+        """The config string that selects this norm's rule, such as ``GN_PRACTICAL``."""
+        return f"GN_{self.rule.upper()}" if isinstance(self.rule, str) else f"GN_{self.rule}"
+
+    def resolve(self, in_channels: int | None, layer: str = "") -> None:
+        """Fix the number of groups.
+
+        Args:
+            in_channels: input width of the weight layer that feeds this norm; None is enough
+                for a fixed number of groups.
+            layer: how to call that layer in an error message.
+
+        Raises:
+            ValueError: a fixed number of groups does not divide ``num_channels``.
+        """
+        if isinstance(self.rule, str):
+            assert in_channels is not None
+            num_groups = practical_num_groups(
+                in_channels, self.num_channels, self.rule, self.gain_ratio
+            )
+        else:
+            num_groups = self.rule
+            try:
+                check_num_groups(num_groups, self.num_channels)
+            except ValueError as e:
+                where = layer or _path_on_stack(self) or "a norm outside any module"
+                raise ValueError(f"{self.norm_name} at {where}: {e}") from None
+        self.in_channels = in_channels
+        self.num_groups = num_groups
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            self._check(input)
+        # torch.group_norm, not F.group_norm: _check covers single-value groups for every batch
+        # size and in eval, F.group_norm only for a batch of one.
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+    @torch.jit.unused
+    def _check(self, input: Tensor) -> None:
+        if self.num_groups is None:
+            if isinstance(self.rule, str):
+                raise RuntimeError(self._unresolved_message())
+            self.resolve(None)
+        values = input.shape[1] // self.num_groups
+        for size in input.shape[2:]:
+            values = values * size
+        if values == 1 and input.shape[0] > 0:
+            self._single_value(input)
+
+    def _unresolved_message(self) -> str:
+        path = _path_on_stack(self) or "(not inside a module)"
+        return (
+            f"{self.norm_name} at {path}, {self.num_channels} channels: no weight layer was found "
+            f"that feeds this norm, so its number of groups is unknown. Register it right after "
+            f"its conv or linear layer in the same module, or call "
+            f"resolve(in_channels=<input width of that layer>) on it, or give this part of the "
+            f"model a fixed number of groups, such as GN_32."
+        )
+
+    def _single_value(self, input: Tensor) -> None:
+        path = _path_on_stack(self) or type(self).__name__
+        message = (
+            f"{path}: {self.num_groups} groups on an input of shape {tuple(input.shape)} leave one "
+            f"value per group; normalized, every value is zero and nothing is learned. "
+            f"Use fewer groups here (GN_1, or GN_<k> with k < {self.num_channels}) or larger maps."
+        )
+        if self.training:
+            raise ValueError(message)
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, stacklevel=4)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_groups}, {self.num_channels}, in_channels={self.in_channels}, "
+            f"rule={self.rule!r}, eps={self.eps}, affine={self.affine}"
+        )
+
+
+def group_norm_from_name(name: str, num_channels: int) -> PracticalGroupNorm | None:
+    """The unresolved norm that a config string names, or None if it names no norm of ours.
+
+    ``GN_PRACTICAL`` and ``GN_CLOSEST`` select a rule, ``GN_<k>`` a fixed number of groups.
+    """
+    if name in _RULE_NAMES:
+        return PracticalGroupNorm(num_channels, rule=_RULE_NAMES[name])
+    fixed = re.fullmatch(r"GN_([1-9]\d*)", name)
+    return PracticalGroupNorm(num_channels, rule=int(fixed[1])) if fixed else None
+
+
+def norm_names() -> list[str]:
+    """The config strings that :func:`group_norm_from_name` accepts."""
+    return [*_RULE_NAMES, "GN_<number of groups>"]
+
+
+def _path_on_stack(module: nn.Module) -> str:
+    """Dotted path of ``module`` in the outermost module now being called or built, or "".
+
+    A module does not know its own path; the modules that are calling it do. Only errors pay.
+    """
+    path = ""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, nn.Module) and caller is not module:
+            for name, candidate in caller.named_modules():
+                if candidate is module:
+                    path = name
+                    break
+        frame = frame.f_back  # type: ignore[assignment]
+    return path

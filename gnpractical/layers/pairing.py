@@ -1,0 +1,140 @@
+"""Which weight layer feeds which norm, read off the structure of the modules.
+
+Three structures cover Detectron2's models and most others:
+
+* the norm is a child of the weight layer (Detectron2's ``Conv2d(..., norm=...)``);
+* the norm follows the weight layer in an ``nn.Sequential``;
+* the norm and the weight layer are attributes of one module, the layer registered first.
+
+Importing this module registers one hook with PyTorch (``register_module_module_registration_hook``)
+through which an unresolved :class:`PracticalGroupNorm` learns ``in_channels`` at the moment it is
+registered. For every other module the hook is one ``isinstance`` test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from gnpractical.layers.group_norm import PracticalGroupNorm
+
+
+@dataclass(frozen=True)
+class NormPair:
+    """A norm of a model and the weight layer that feeds it (None where none was found)."""
+
+    norm_name: str
+    norm: nn.Module
+    layer_name: str | None
+    layer: nn.Module | None
+
+
+def layer_widths(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) full channel counts of a weight layer, None for any other module.
+
+    Goes by attributes, not by class: Detectron2's deformable convolutions are not
+    ``torch.nn`` convolutions. ``kernel_size`` tells a convolution from a block that merely
+    records its widths, such as Detectron2's ``CNNBlockBase``.
+    """
+    if hasattr(module, "kernel_size") and not hasattr(module, "in_features"):
+        widths = getattr(module, "in_channels", None), getattr(module, "out_channels", None)
+    else:
+        widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(widths[0], int) and isinstance(widths[1], int):
+        return widths[0], widths[1]
+    return None
+
+
+def norm_width(module: nn.Module) -> int | None:
+    """Channels of a normalization layer (GroupNorm, BatchNorm and its kin), else None."""
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    # BatchNorm, SyncBatchNorm, and the frozen ones, which share no base class with them.
+    width = getattr(module, "num_features", None)
+    return width if isinstance(width, int) and hasattr(module, "running_mean") else None
+
+
+def find_pairs(model: nn.Module) -> list[NormPair]:
+    """Every norm of ``model``, in registration order, with the layer that feeds it."""
+    pairs = []
+    for parent_name, parent in model.named_modules():
+        before: list[tuple[str, nn.Module]] = []
+        for name, child in parent.named_children():
+            width = norm_width(child)
+            if width is not None:
+                layer_name = _feeding_layer(parent, before, width)
+                if layer_name is None:
+                    layer_path, layer = None, None
+                else:
+                    layer_path = _join(parent_name, layer_name)
+                    layer = parent.get_submodule(layer_name)
+                pairs.append(NormPair(_join(parent_name, name), child, layer_path, layer))
+            before.append((name, child))
+    return pairs
+
+
+def require_resolved(model: nn.Module) -> None:
+    """Raise ValueError, naming each, if ``model`` has norms without a number of groups."""
+    unresolved = [
+        f"{p.norm_name} ({p.norm.norm_name}, {p.norm.num_channels} channels)"
+        for p in find_pairs(model)
+        if isinstance(p.norm, PracticalGroupNorm) and p.norm.num_groups is None
+    ]
+    if unresolved:
+        raise ValueError(
+            f"{len(unresolved)} norms have no number of groups, because no weight layer was found "
+            f"that feeds them: {', '.join(unresolved[:5])}. Register each right after its conv or "
+            f"linear layer, call resolve(in_channels=...) on it, or use a fixed GN_<k> there."
+        )
+
+
+def _feeding_layer(
+    parent: nn.Module, before: Iterable[tuple[str, nn.Module]], num_channels: int
+) -> str | None:
+    """Name, within ``parent``, of the layer that feeds a norm registered after ``before``.
+
+    "" is the parent itself. None: no layer fits, or several fit and differ in input width, so
+    that any choice would be a guess.
+    """
+    waiting: list[tuple[str, tuple[int, int]]] = []  # layers no norm has followed yet
+    for name, sibling in before:
+        widths, width = layer_widths(sibling), norm_width(sibling)
+        if widths is not None:
+            waiting.append((name, widths))
+        elif width is not None:
+            fed = [entry for entry in waiting if entry[1][1] == width]
+            if fed:
+                waiting.remove(fed[-1])
+    if isinstance(parent, nn.Sequential):
+        waiting = waiting[-1:]
+    fits = [(name, widths) for name, widths in waiting if widths[1] == num_channels]
+    if fits:
+        return fits[-1][0] if len({widths[0] for _, widths in fits}) == 1 else None
+    own = layer_widths(parent)
+    return "" if own is not None and own[1] == num_channels else None
+
+
+def _resolve_on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    if not isinstance(child, PracticalGroupNorm) or child.num_groups is not None:
+        return
+    layer_name = _feeding_layer(parent, parent.named_children(), child.num_channels)
+    if layer_name is not None:
+        layer = parent.get_submodule(layer_name)
+        widths = layer_widths(layer)
+        assert widths is not None
+        text = f"the norm of {type(layer).__name__}({widths[0]}, {widths[1]})"
+        if layer is not parent:
+            text += f" in {type(parent).__name__}"
+        child.resolve(widths[0], layer=text)
+    elif isinstance(child.rule, int):
+        child.resolve(None, layer=f"{type(parent).__name__}.{name}")
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+register_module_module_registration_hook(_resolve_on_registration)

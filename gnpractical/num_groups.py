@@ -1,0 +1,114 @@
+"""How many groups a GroupNorm gets from the widths of the layer that feeds it.
+
+Source: "On the Ideal Number of Groups for Isometric Gradient Propagation", arXiv 2302.03193.
+The paper's symbols: n_in -> in_channels, n_out -> out_channels, G -> num_groups,
+F/B (forward over backward activation gain) -> gain_ratio.
+
+Widths are full channel counts. The kernel area and a convolution's own ``groups`` multiply the
+fan-in and the fan-out alike and cancel out of their ratio, so grouped (ResNeXt) and depthwise
+convolutions use their full widths too.
+
+Everything here is exact: comparisons are made between integers or fractions, never floats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import lru_cache
+from numbers import Integral, Real
+
+RULES = ("practical", "closest")
+
+
+def ideal_num_groups(in_channels: int, out_channels: int, gain_ratio: float = 1.0) -> float:
+    """The G at which Eq. (31) predicts an unchanged gradient variance; it may be <= 0.
+
+    Eq. (32), Sec. 2.1; with ``gain_ratio`` F/B as in Sec. 2.3 (1 for ReLU).
+
+    Raises:
+        TypeError: a width is not an integer, or ``gain_ratio`` is not a number.
+        ValueError: a width is below 1, or ``gain_ratio`` is not positive and finite.
+    """
+    return float(_ideal(in_channels, out_channels, gain_ratio))
+
+
+def practical_num_groups(
+    in_channels: int, out_channels: int, rule: str = "practical", gain_ratio: float = 1.0
+) -> int:
+    """The divisor of ``out_channels`` that ``rule`` selects.
+
+    Args:
+        in_channels: width of the input of the weight layer that feeds the norm.
+        out_channels: width of that layer's output, which is the norm's.
+        rule: ``"practical"`` is Algorithm 1: the ideal G, clamped to [1, out_channels], then the
+            divisor nearest in log2. ``"closest"`` is Definition 3: the divisor whose K(G) is
+            closest to 1, the larger one on a tie. The paper's Theorem 1 calls the two equal;
+            they differ on some widths, because one compares ratios and the other differences.
+        gain_ratio: F/B of the activation, Sec. 2.3.
+
+    Raises:
+        TypeError, ValueError: as :func:`ideal_num_groups`, and for an unknown rule.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}; got {rule!r}")
+    ideal = _ideal(in_channels, out_channels, gain_ratio)
+    candidates = divisors(out_channels)
+    if rule == "closest":
+        return min(candidates, key=lambda d: (abs(d - ideal), -d))
+    target = min(max(Fraction(1), ideal), Fraction(out_channels))
+    # |log2 d - log2 target| orders divisors as max(d/target, target/d) does. Two neighbouring
+    # divisors never tie: that needs d1*d2 to be a square, and then its root divides too.
+    return min(candidates, key=lambda d: max(d / target, target / d))
+
+
+def gradient_variance_ratio(in_channels: int, out_channels: int, num_groups: int) -> float:
+    """K(G): predicted gradient variance at a unit block's input over that at its output.
+
+    Eq. (31), Sec. 2.1. 1 is isometric.
+
+    Raises:
+        TypeError, ValueError: a width is not a positive integer, or ``num_groups`` does not
+            divide ``out_channels``.
+    """
+    check_width("in_channels", in_channels)
+    check_num_groups(num_groups, out_channels)
+    return (out_channels + 4 * num_groups) / in_channels
+
+
+@lru_cache(maxsize=4096)
+def divisors(n: int) -> Sequence[int]:
+    """All divisors of ``n`` >= 1, ascending."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return tuple(small + [n // d for d in reversed(small) if d * d != n])
+
+
+def check_width(name: str, value: int) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless ``value`` is an int >= 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_num_groups(num_groups: int, out_channels: int) -> None:
+    """Raise unless ``num_groups`` divides ``out_channels``; the message lists the divisors."""
+    check_width("num_groups", num_groups)
+    check_width("out_channels", out_channels)
+    if out_channels % num_groups:
+        valid = ", ".join(map(str, divisors(out_channels)))
+        raise ValueError(
+            f"{num_groups} groups do not divide {out_channels} channels; "
+            f"the divisors of {out_channels} are {valid}"
+        )
+
+
+def _ideal(in_channels: int, out_channels: int, gain_ratio: float) -> Fraction:
+    check_width("in_channels", in_channels)
+    check_width("out_channels", out_channels)
+    if isinstance(gain_ratio, bool) or not isinstance(gain_ratio, Real):
+        raise TypeError(f"gain_ratio must be a number, got {gain_ratio!r}")
+    if not (math.isfinite(gain_ratio) and gain_ratio > 0):
+        raise ValueError(f"gain_ratio must be positive and finite, got {gain_ratio}")
+    return (Fraction(gain_ratio) * int(in_channels) - int(out_channels)) / 4

@@ -1,0 +1,48 @@
+#!/usr/bin/env python
+"""Make the semantic PNGs that Panoptic FPN trains on from COCO's panoptic annotations.
+
+    python tools/prepare_panoptic.py --root datasets/coco
+
+reads <root>/annotations/panoptic_{train,val}2017.json and <root>/panoptic_{train,val}2017/, and
+writes <root>/panoptic_stuff_{train,val}2017/. Interrupted, it goes on where it was.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from gnpractical.datasets.panoptic import prepare_semantic
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", required=True, type=Path, metavar="DIR", help="COCO's folder")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="written here instead of --root")
+    parser.add_argument(
+        "--splits", nargs="+", default=["train2017", "val2017"], metavar="SPLIT",
+        help="default: train2017 val2017",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=int, help="threads; default: one a core")
+    args = parser.parse_args()
+
+    for split in args.splits:
+        annotations = args.root / "annotations" / f"panoptic_{split}.json"
+        output = (args.output or args.root) / f"panoptic_stuff_{split}"
+        if not annotations.is_file():
+            sys.exit(
+                f"error: {annotations} does not exist; --root must hold annotations/ with COCO's "
+                f"panoptic annotations, and panoptic_{split}/ with their PNGs"
+            )
+        try:
+            written = prepare_semantic(
+                annotations, args.root / f"panoptic_{split}", output, workers=args.workers
+            )
+        except (ValueError, OSError) as e:
+            sys.exit(f"error: {e}")
+        print(f"{output}: {written} files written")
+
+
+if __name__ == "__main__":
+    main()

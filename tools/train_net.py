@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"""Train or evaluate a Detectron2 model with per-layer group counts.
+
+    python tools/train_net.py --config-file configs/pfpn_gnp.yaml --num-gpus 8 [KEY VALUE ...]
+
+Also under torchrun, which then says how many processes there are.
+"""
+
+import sys
+
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from gnpractical.d2 import load_config
+from gnpractical.d2.launch import launch
+from gnpractical.d2.preflight import check_output_dir
+from gnpractical.d2.trainer import Trainer, adapt_to_device
+
+
+def read_config(args):
+    cfg = load_config(args.config_file, args.opts, allow_unsafe=args.allow_unsafe_config)
+    adapt_to_device(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def main(args, cfg):
+    default_setup(cfg, args)
+    if args.eval_only:
+        results = Trainer.evaluate(cfg, resume=args.resume)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def parse_args():
+    parser = default_argument_parser(epilog=__doc__)
+    # Detectron2's default is one port a user, so that two runs on a machine collide.
+    parser.set_defaults(dist_url="auto")
+    parser.add_argument(
+        "--allow-unsafe-config",
+        action="store_true",
+        help="read YAML that constructs Python objects, which can run any code; some of "
+        "Detectron2's own files need it",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse_args()
+    try:  # in one line, before any process is started
+        config = read_config(arguments)
+        check_output_dir(config.OUTPUT_DIR)
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
+    launch(main, arguments, config)
