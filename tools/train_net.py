@@ -13,7 +13,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from gnpractical.d2 import load_config
-from gnpractical.d2.launch import launch
+from gnpractical.d2.launch import check_processes, launch
 from gnpractical.d2.preflight import check_output_dir
 from gnpractical.d2.trainer import Trainer, adapt_to_device
 
@@ -54,6 +54,7 @@ if __name__ == "__main__":
     arguments = parse_args()
     try:  # in one line, before any process is started
         config = read_config(arguments)
+        check_processes(arguments)
         check_output_dir(config.OUTPUT_DIR)
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")

@@ -23,20 +23,9 @@ def launch(main: Main, args: argparse.Namespace, cfg: CfgNode) -> Any:
 
     Args:
         args: of ``detectron2.engine.default_argument_parser``.
-
-    Raises:
-        ValueError: more processes than GPUs, or several machines without an address.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if _under_torchrun():
         return _join_torchrun(main, args, cfg)
-    gpus = torch.cuda.device_count()
-    if gpus and args.num_gpus > gpus:
-        raise ValueError(f"--num-gpus {args.num_gpus}: only {gpus} GPUs are visible")
-    if args.num_machines > 1 and args.dist_url == "auto":
-        raise ValueError(
-            "--num-machines needs --dist-url tcp://<address of machine 0>:<free port>, the same "
-            "on every machine"
-        )
     return detectron2_launch(
         _share_cores,
         args.num_gpus,
@@ -45,6 +34,24 @@ def launch(main: Main, args: argparse.Namespace, cfg: CfgNode) -> Any:
         dist_url=args.dist_url,
         args=(main, args, cfg),
     )
+
+
+def check_processes(args: argparse.Namespace) -> None:
+    """ValueError for more processes than GPUs, or several machines without an address."""
+    if _under_torchrun():
+        return
+    gpus = torch.cuda.device_count()
+    if gpus and args.num_gpus > gpus:
+        raise ValueError(f"--num-gpus {args.num_gpus}: only {gpus} GPUs are visible")
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise ValueError(
+            "--num-machines needs --dist-url tcp://<address of machine 0>:<free port>, the same "
+            "on every machine"
+        )
+
+
+def _under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _join_torchrun(main: Main, args: argparse.Namespace, cfg: CfgNode) -> Any:

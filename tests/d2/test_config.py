@@ -1,0 +1,165 @@
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+from detectron2.modeling import build_model
+
+from gnpractical import group_report
+from gnpractical.d2 import load_config
+from gnpractical.layers.pairing import require_resolved
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MODELS = sorted(p for p in CONFIGS.rglob("*.yaml") if not p.name.startswith("Base"))
+
+
+def groups_of(path):
+    cfg = load_config(str(CONFIGS / path), ["MODEL.DEVICE", "cpu"])
+    return group_report(build_model(cfg))
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_every_config_builds_with_every_norm_resolved(path):
+    cfg = load_config(str(path), ["MODEL.DEVICE", "cpu"])
+    model = build_model(cfg)
+    require_resolved(model)
+    rows = group_report(model)
+    assert rows and all(r.in_channels for r in rows)
+    row = next(part for part in path.stem.split("_") if part.startswith("gn"))
+    fixed = {"gnp": None, "gn32": 32, "gn1": 1}[row]
+    if fixed:
+        assert {r.num_groups for r in rows} == {fixed}
+    else:
+        assert {r.norm for r in rows} == {"GN_PRACTICAL"}
+    assert all(r.weight_standardized for r in rows) == ("_ws" in path.stem)
+    assert not any(r.frozen for r in rows)
+    assert cfg.OUTPUT_DIR == f"output/{path.stem}"
+
+
+def test_there_are_the_papers_rows():
+    names = {str(p.relative_to(CONFIGS)) for p in MODELS}
+    for k in ("gnp", "gn32", "gn1"):
+        assert {f"pfpn_{k}.yaml", f"pfpn_{k}_full.yaml", f"faster_rcnn_{k}_ws.yaml"} <= names
+        assert {f"quick/pfpn_{k}_shapes.yaml", f"quick/faster_rcnn_{k}_ws_shapes.yaml"} <= names
+
+
+def test_rows_differ_in_their_norms_only():
+    for base in ["pfpn_{}.yaml", "pfpn_{}_full.yaml", "faster_rcnn_{}_ws.yaml"]:
+        dumps = set()
+        for k in ("gnp", "gn32", "gn1"):
+            cfg = load_config(str(CONFIGS / base.format(k)))
+            for section in ("GNP", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD"):
+                cfg.MODEL[section].NORM = ""
+            cfg.OUTPUT_DIR = ""
+            dumps.add(cfg.dump())
+        assert len(dumps) == 1
+
+
+def test_published_panoptic_fpn_has_group_norm_in_the_semantic_branch_only():
+    rows = groups_of("pfpn_gnp.yaml")
+    assert [r.name.split(".")[0] for r in rows] == ["sem_seg_head"] * 7
+    assert sorted(r.num_groups for r in rows) == [1, 1, 1, 32, 32, 32, 32]
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+@pytest.mark.parametrize("name", ["build_gnp_resnet_backbone", "build_gnp_resnet_fpn_backbone"])
+def test_registered_backbones(name, depth):
+    if depth == 152 and "fpn" in name:
+        pytest.skip("as slow to build as it is alike to 101")
+    from detectron2.modeling import build_backbone
+
+    cfg = load_config("", ["MODEL.RESNETS.DEPTH", str(depth), "MODEL.BACKBONE.NAME", name])
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    rows = group_report(build_backbone(cfg))
+    blocks = {18: 8 * 2, 34: 16 * 2, 50: 16 * 3, 101: 33 * 3, 152: 50 * 3}[depth]
+    shortcuts = 3 if depth < 50 else 4
+    assert len(rows) == 1 + blocks + shortcuts + 8 * ("fpn" in name)
+    assert {r.norm for r in rows} == {"GN_PRACTICAL"}
+
+
+def test_gnp_backbone_without_the_keys_says_what_to_call():
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_backbone
+
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE.NAME = "build_gnp_resnet_backbone"
+    with pytest.raises(ValueError, match=r"add_gnp_config\(cfg\)"):
+        build_backbone(cfg)
+
+
+def write(tmp_path, text):
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def error_of(*args, **kwargs):
+    with pytest.raises(ValueError) as e:
+        load_config(*args, **kwargs)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def test_missing_file():
+    assert "'no/such.yaml' does not exist" in error_of("no/such.yaml")
+
+
+def test_missing_base_file(tmp_path):
+    assert "none.yaml" in error_of(write(tmp_path, '_BASE_: "none.yaml"\n'))
+
+
+def test_unknown_key_names_the_nearest_and_the_file(tmp_path):
+    message = error_of(write(tmp_path, "MODEL:\n  SEM_SEG_HEAD:\n    NROM: GN\n"))
+    assert "my.yaml" in message
+    assert "unknown config key MODEL.SEM_SEG_HEAD.NROM" in message
+    assert "nearest valid key is MODEL.SEM_SEG_HEAD.NORM" in message
+
+
+def test_unknown_key_on_the_command_line():
+    message = error_of("", ["SOLVER.BASE_RL", "0.1"])
+    assert message.startswith("command line: ")
+    assert "SOLVER.BASE_RL" in message and "SOLVER.BASE_LR" in message
+
+
+def test_wrong_type(tmp_path):
+    message = error_of(write(tmp_path, "SOLVER:\n  BASE_LR: fast\n"))
+    assert "my.yaml" in message and "SOLVER.BASE_LR" in message
+    assert "SOLVER.BASE_LR" in error_of("", ["SOLVER.BASE_LR", "fast"])
+
+
+def test_malformed_yaml(tmp_path):
+    assert "my.yaml" in error_of(write(tmp_path, "MODEL: [1, 2\n"))
+    assert "my.yaml" in error_of(write(tmp_path, "- 1\n- 2\n"))
+
+
+def test_odd_overrides():
+    assert "pairs of KEY VALUE" in error_of("", ["SOLVER.BASE_LR"])
+
+
+def test_unknown_norm_names_the_config_key(tmp_path):
+    message = error_of(write(tmp_path, "MODEL:\n  FPN:\n    NORM: GN_PRATICAL\n"))
+    assert "MODEL.FPN.NORM: Unknown norm 'GN_PRATICAL'" in message
+    assert "Did you mean 'GN_PRACTICAL'" in message
+
+
+def test_unknown_mismatch_choice():
+    message = error_of("", ["MODEL.GNP.CHECKPOINT_MISMATCH", "stop"])
+    assert "error, warn, ignore" in message and "'stop'" in message
+
+
+def test_yaml_that_would_run_code_is_refused_and_does_not_run(tmp_path):
+    victim = tmp_path / "ran"
+    path = write(
+        tmp_path,
+        f'OUTPUT_DIR: !!python/object/apply:eval ["open({str(victim)!r}, \\"w\\").name"]\n',
+    )
+    assert "--allow-unsafe-config" in error_of(path)
+    assert not victim.exists()
+    assert load_config(path, allow_unsafe=True).OUTPUT_DIR == str(victim)
+    assert victim.exists()
+
+
+def test_unsafe_base_is_refused_too(tmp_path):
+    (tmp_path / "base.yaml").write_text('OUTPUT_DIR: !!python/object/apply:str ["x"]\n')
+    assert "--allow-unsafe-config" in error_of(write(tmp_path, '_BASE_: "base.yaml"\n'))

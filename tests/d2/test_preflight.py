@@ -1,0 +1,126 @@
+import json
+import os
+import shutil
+from collections import namedtuple
+
+import pytest
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+from detectron2.data import MetadataCatalog
+from torch import nn
+
+from gnpractical.d2.datasets import register_shapes
+from gnpractical.d2.preflight import check_datasets, check_disk_space, check_output_dir
+
+NAME = "gnp_shapes_train"
+
+
+@pytest.fixture
+def own_copy(tmp_path, few_shapes):
+    """gnp_shapes registered over a copy that a test may spoil, under a name of its own."""
+    from detectron2.data import DatasetCatalog
+
+    folder = tmp_path / "copy"
+    shutil.copytree(few_shapes, folder)
+    for split in ("train", "val"):
+        DatasetCatalog.remove(f"gnp_shapes_{split}")
+        MetadataCatalog.remove(f"gnp_shapes_{split}")
+    register_shapes(str(folder))
+    return folder / "gnp_shapes"
+
+
+def message(cfg, names=(NAME,)):
+    with pytest.raises(ValueError) as e:
+        check_datasets(cfg, names)
+    return str(e.value)
+
+
+def spoil(folder, kind, change):
+    path = folder / "annotations" / f"{kind}_train.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def test_sound_data_pass(tiny_cfg, own_copy):
+    check_datasets(tiny_cfg(), ("gnp_shapes_train", "gnp_shapes_val"))
+
+
+def test_shapes_are_made_where_they_are_missing(tiny_cfg, own_copy, monkeypatch):
+    made = []
+    monkeypatch.setattr("gnpractical.d2.preflight.make_shapes", made.append)
+    check_datasets(tiny_cfg(), (NAME,))
+    assert made == [own_copy.parent]
+
+
+def test_unregistered_name_names_the_nearest(tiny_cfg):
+    text = message(tiny_cfg(), ("coco_2017_trian",))
+    assert "'coco_2017_trian' is not registered" in text and "'coco_2017_train'" in text
+
+
+def test_missing_coco_names_path_variable_and_default(tiny_cfg, monkeypatch):
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    text = message(tiny_cfg(), ("coco_2017_train",))
+    assert "coco/train2017" in text and "DETECTRON2_DATASETS" in text and "'datasets'" in text
+
+
+def test_missing_semantic_pngs_name_the_command(tiny_cfg, own_copy):
+    some = sorted((own_copy / "panoptic_stuff_train").iterdir())
+    some[0].unlink()
+    text = message(tiny_cfg())
+    assert "1 of 8 semantic PNGs" in text and some[0].name in text
+    assert "tools/prepare_panoptic.py --root" in text
+    shutil.rmtree(own_copy / "panoptic_stuff_train")
+    assert "tools/prepare_panoptic.py --root" in message(tiny_cfg())
+
+
+@pytest.mark.parametrize(
+    "kind, change, expected",
+    [
+        ("instances", lambda d: d["annotations"][0].update(category_id=99), "unknown category: 1"),
+        ("instances", lambda d: d["annotations"][0].update(bbox=[900, 0, 5, 5]), "box outside"),
+        ("instances", lambda d: d["annotations"][0].update(segmentation=[]), "empty mask: 1"),
+        ("instances", lambda d: d["images"][0].update(file_name="gone.jpg"), "gone.jpg"),
+        ("panoptic", lambda d: d["annotations"][0].update(image_id=12345), "image id without"),
+        ("panoptic", lambda d: d["annotations"][0]["segments_info"][0].update(category_id=99),
+         "segment of an unknown category: 1"),
+    ],
+)  # fmt: skip
+def test_annotations_that_would_train_wrongly(tiny_cfg, own_copy, kind, change, expected):
+    spoil(own_copy, kind, change)
+    text = message(tiny_cfg())
+    assert expected in text and f"{kind}_train.json" in text and "CHECK_ANNOTATIONS" in text
+    check_datasets(tiny_cfg("MODEL.GNP.CHECK_ANNOTATIONS", "False"), (NAME,))
+
+
+def test_harmless_problems_are_logged(tiny_cfg, own_copy, caplog):
+    def orphan(data):
+        data["annotations"].append(data["annotations"][0] | {"id": 10**6, "image_id": 10**6})
+
+    spoil(own_copy, "instances", orphan)
+    check_datasets(tiny_cfg(), (NAME,))
+    assert "image id without image (ignored): 1" in caplog.text
+
+
+def test_output_dir(tmp_path):
+    check_output_dir(str(tmp_path / "a" / "b"))
+    assert (tmp_path / "a" / "b").is_dir() and not os.listdir(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="OUTPUT_DIR .*file/x.* cannot be written"):
+        check_output_dir(str(tmp_path / "file" / "x"))
+
+
+def test_disk_space(tiny_cfg, tmp_path, monkeypatch, caplog):
+    cfg = tiny_cfg("OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "10")
+    model = nn.Linear(1024, 1024)  # 8 MiB with momentum, 11 checkpoints
+    usage = namedtuple("usage", "free")
+    for free, outcome in [(2**20 * 10, "error"), (2**20 * 40, "warning"), (2**20 * 100, "")]:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(free))
+        caplog.clear()
+        if outcome == "error":
+            with pytest.raises(OSError, match="Disk full: 10 MiB are free.*about 8 MiB"):
+                check_disk_space(cfg, model)
+        else:
+            check_disk_space(cfg, model)
+            assert ("will not hold every checkpoint" in caplog.text) == (outcome == "warning")

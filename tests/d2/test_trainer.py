@@ -1,0 +1,127 @@
+import json
+import re
+
+import pytest
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+import torch
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from gnpractical.d2.checkpoint import GroupMismatch
+from gnpractical.d2.preflight import check_output_dir
+from gnpractical.d2.trainer import Trainer, adapt_to_device
+
+
+def make_trainer(cfg, resume=False):
+    check_output_dir(cfg.OUTPUT_DIR)
+    setup_logger(cfg.OUTPUT_DIR)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    return trainer
+
+
+def metrics_of(cfg):
+    with open(f"{cfg.OUTPUT_DIR}/metrics.json") as f:
+        return [json.loads(line) for line in f]
+
+
+@pytest.mark.parametrize("config", ["pfpn_gnp_shapes.yaml", "faster_rcnn_gnp_ws_shapes.yaml"])
+def test_trains_evaluates_and_leaves_its_files(tiny_cfg, tmp_path, config):
+    cfg = tiny_cfg(config=config)
+    trainer = make_trainer(cfg)
+    groups = json.loads((tmp_path / "out/groups.json").read_text())  # before the first step
+    assert {g["norm"] for g in groups} == {"GN_PRACTICAL"} and groups[0]["num_groups"] >= 1
+    assert {g["weight_standardized"] for g in groups} == {"_ws" in config}
+    trainer.train()
+    for name in ["model_final.pth", "metrics.json", "log.txt", "inference/predictions.png"]:
+        assert (tmp_path / "out" / name).stat().st_size > 0
+    results = metrics_of(cfg)[-1]
+    assert "bbox/AP" in results
+    assert ("panoptic_seg/PQ" in results) == config.startswith("pfpn")
+    assert list((tmp_path / "out").glob("events.out.tfevents*"))
+    log = (tmp_path / "out/log.txt").read_text()
+    assert "Group counts:" in log and "G_ideal" in log
+    assert log.index("Group counts:") < log.index("Starting training")
+
+
+def test_resume_goes_on_where_it_was(tiny_cfg):
+    make_trainer(tiny_cfg("SOLVER.MAX_ITER", "2", "DATASETS.TEST", "()")).train()
+    cfg = tiny_cfg("SOLVER.MAX_ITER", "4", "DATASETS.TEST", "()")
+    trainer = make_trainer(cfg, resume=True)
+    assert trainer.start_iter == 2
+    trainer.train()
+    assert trainer.iter == 4
+    assert trainer.checkpointer.get_checkpoint_file().endswith("model_final.pth")
+
+
+def test_resume_with_other_counts_stops(tiny_cfg):
+    make_trainer(tiny_cfg("SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()")).train()
+    with pytest.raises(GroupMismatch, match="MODEL.GNP.NORM GN_PRACTICAL"):
+        make_trainer(tiny_cfg("MODEL.GNP.NORM", "GN_1"), resume=True)
+
+
+def test_a_loss_that_is_not_finite_names_iteration_losses_and_last_good_checkpoint(tiny_cfg):
+    trainer = make_trainer(tiny_cfg("DATASETS.TEST", "()"))
+    step = trainer._trainer.run_step
+
+    def break_then_step():
+        if trainer.iter == 2:
+            with torch.no_grad():
+                trainer.model.sem_seg_head.predictor.weight.fill_(float("nan"))
+        step()
+
+    trainer._trainer.run_step = break_then_step
+    with pytest.raises(FloatingPointError) as e:
+        trainer.train()
+    for part in ["iteration=2", "loss_sem_seg", "model_0000001.pth", "SOLVER.BASE_LR"]:
+        assert part in str(e.value)
+
+
+def test_norms_without_a_count_stop_before_training(tiny_cfg, monkeypatch):
+    from detectron2.engine import DefaultTrainer
+    from detectron2.layers import get_norm
+
+    model = nn.ModuleDict({"odd": nn.ModuleList([get_norm("GN_PRACTICAL", 24)])})
+    monkeypatch.setattr(DefaultTrainer, "build_model", classmethod(lambda cls, cfg: model))
+    with pytest.raises(ValueError, match=r"odd\.0 \(GN_PRACTICAL, 24 channels\)"):
+        Trainer.build_model(None)
+
+
+def test_evaluation_alone_gives_the_same_numbers(tiny_cfg):
+    cfg = tiny_cfg()
+    trainer = make_trainer(cfg)
+    trainer.train()
+    trained = trainer._last_eval_results
+    for source in [{"resume": True}, {"resume": False}]:
+        cfg.MODEL.WEIGHTS = "" if source["resume"] else f"{cfg.OUTPUT_DIR}/model_final.pth"
+        results = Trainer.evaluate(cfg, **source)
+        assert results["panoptic_seg"]["PQ"] == pytest.approx(
+            trained["panoptic_seg"]["PQ"], nan_ok=True
+        )
+        assert results["sem_seg"]["mIoU"] == pytest.approx(trained["sem_seg"]["mIoU"])
+
+
+def test_no_gpu_means_cpu_with_one_line(tiny_cfg, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg = tiny_cfg("MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", "True")
+    adapt_to_device(cfg)
+    assert cfg.MODEL.DEVICE == "cpu" and not cfg.SOLVER.AMP.ENABLED
+    assert re.fullmatch(r"No GPU is available: running on the CPU .*\n", capsys.readouterr().out)
+    cfg = tiny_cfg("MODEL.DEVICE", "cpu")
+    adapt_to_device(cfg)
+    assert capsys.readouterr().out == ""
+
+
+def test_lower_learning_rates_change_the_loss_less(tiny_cfg):
+    """The optimizer really steps: two seeds-equal runs differ only by the learning rate."""
+    weights = []
+    for lr in ("0.0", "0.01"):
+        cfg = tiny_cfg("SOLVER.BASE_LR", lr, "DATASETS.TEST", "()")
+        torch.manual_seed(3)
+        trainer = make_trainer(cfg)
+        before = trainer.model.backbone.fpn_output2.weight.detach().clone()
+        trainer.train()
+        weights.append((trainer.model.backbone.fpn_output2.weight - before).abs().max().item())
+    assert weights[0] == 0 and weights[1] > 0

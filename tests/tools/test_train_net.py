@@ -1,0 +1,107 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+from gnpractical.datasets.shapes import make_shapes
+
+ROOT = Path(__file__).parents[2]
+TOOL = str(ROOT / "tools" / "train_net.py")
+CONFIG = ["--config-file", "configs/quick/pfpn_gnp_shapes.yaml"]
+TINY = [
+    "MODEL.FPN.OUT_CHANNELS", "16", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
+    "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "3", "SOLVER.BASE_LR", "0.001",
+    "DATALOADER.NUM_WORKERS", "0", "SOLVER.CHECKPOINT_PERIOD", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    root = tmp_path_factory.mktemp("datasets")
+    make_shapes(root, {"train": 8, "val": 4})
+    return os.environ | {"DETECTRON2_DATASETS": str(root), "PYTHONWARNINGS": "ignore",
+                         "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+
+
+def run(environment, *args, launcher=(sys.executable,), timeout=300):
+    return subprocess.run(
+        [*launcher, TOOL, *args],
+        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout,
+    )  # fmt: skip
+
+
+def iterations(out):
+    with open(out / "metrics.json") as f:
+        return [json.loads(line)["iteration"] for line in f]
+
+
+def test_evaluation_resume_and_one_line_about_the_missing_gpu(environment, tmp_path):
+    done = run(environment, *CONFIG, *TINY, "OUTPUT_DIR", str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("No GPU is available") == 1
+    assert "panoptic_seg" in done.stdout and "predictions.png" in done.stdout
+    again = run(environment, *CONFIG, "--eval-only", "--resume", *TINY, "OUTPUT_DIR", str(tmp_path))
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert "model_final.pth" in again.stdout and "panoptic_seg" in again.stdout
+
+
+@pytest.mark.parametrize("start", ["num-gpus", "torchrun"])
+def test_two_processes_on_the_cpu(environment, tmp_path, start):
+    opts = [*TINY, "DATASETS.TEST", "('gnp_shapes_val',)", "OUTPUT_DIR", str(tmp_path)]
+    if start == "torchrun":
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc-per-node", "2"]  # fmt: skip
+        done = run(environment, *CONFIG, *opts, launcher=launcher)
+    else:
+        done = run(environment, *CONFIG, "--num-gpus", "2", *opts)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    log = (tmp_path / "log.txt").read_text()
+    assert "World size: 2" in log
+    assert "Evaluation results" in done.stdout
+    assert (tmp_path / "model_final.pth").exists()
+    assert done.stdout.count("No GPU is available") == 1
+
+
+def test_killed_and_resumed(environment, tmp_path):
+    opts = [*TINY, "SOLVER.MAX_ITER", "12", "DATASETS.TEST", "()", "OUTPUT_DIR", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, TOOL, *CONFIG, *opts], cwd=ROOT, env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not (tmp_path / "model_0000002.pth").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "model_final.pth").exists()
+    before = json.loads((tmp_path / "groups.json").read_text())
+    done = run(environment, *CONFIG, "--resume", *opts)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert iterations(tmp_path)[-1] == 11
+    assert json.loads((tmp_path / "groups.json").read_text()) == before
+    assert "Starting training from iteration 0" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        (["--config-file", "none.yaml"], "Config file 'none.yaml' does not exist"),
+        ([*CONFIG, "MODEL.FPN.NORM", "GN_PRATICAL"], "MODEL.FPN.NORM: Unknown norm"),
+        ([*CONFIG, "SOLVER.BASE_RL", "1"], "SOLVER.BASE_LR"),
+        ([*CONFIG, "OUTPUT_DIR", "/dev/null/x"], "OUTPUT_DIR '/dev/null/x' cannot be written"),
+        ([*CONFIG, "--num-machines", "2", "OUTPUT_DIR", "{tmp}"], "--dist-url tcp://"),
+    ],
+)
+def test_bad_input_in_one_line(environment, tmp_path, args, expected):
+    done = run(environment, *(a.format(tmp=tmp_path) for a in args))
+    assert done.returncode == 1
+    assert expected in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
