@@ -69,14 +69,15 @@ def group_report(model: nn.Module) -> list[LayerGroups]:
         if not isinstance(norm, nn.GroupNorm):
             continue
         widths = layer_widths(pair.layer) if pair.layer is not None else None
-        ours = isinstance(norm, PracticalGroupNorm)
         in_channels = widths[0] if widths else None
-        if in_channels is None and ours:
-            in_channels = norm.in_channels
+        name = f"GN_{norm.num_groups}"
+        if isinstance(norm, PracticalGroupNorm):
+            in_channels = in_channels or norm.in_channels
+            name = norm.norm_name
         rows.append(
             LayerGroups(
                 name=pair.norm_name,
-                norm=norm.norm_name if ours else f"GN_{norm.num_groups}",
+                norm=name,
                 in_channels=in_channels,
                 out_channels=norm.num_channels,
                 num_groups=norm.num_groups,
@@ -114,6 +115,7 @@ def format_report(rows: Iterable[LayerGroups]) -> str:
         ["layer", "in", "out", "G_ideal", "G", "K(G)", "K(1)", "K(32)", "norm", "flags"],
         floatfmt=("", "", "", ".6g", "", ".2f", ".2f", ".2f", "", ""),
         missingval="-",
+        disable_numparse=[0],  # a layer may be called "0.1"
     )  # fmt: skip
     counts = Counter(r.num_groups for r in rows if r.num_groups is not None)
     totals = (

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import (
-    BACKBONE_REGISTRY,
-    Backbone,
-    build_resnet_backbone,
-)
-from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
 
 @BACKBONE_REGISTRY.register()
@@ -20,8 +16,21 @@ def build_gnp_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
 
 @BACKBONE_REGISTRY.register()
 def build_gnp_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """``build_resnet_fpn_backbone`` with the norm ``MODEL.GNP.NORM``, in the FPN too."""
-    return build_resnet_fpn_backbone(_with_gnp_norm(cfg), input_shape)
+    """``build_resnet_fpn_backbone`` with the norm ``MODEL.GNP.NORM``, in the FPN too.
+
+    ``MODEL.FPN.IN_FEATURES`` may end before res5; the level pooled from the last one moves with it.
+    """
+    cfg = _with_gnp_norm(cfg)
+    top_block = LastLevelMaxPool()  # it expects p5; the levels are named after the stages
+    top_block.in_feature = cfg.MODEL.FPN.IN_FEATURES[-1].replace("res", "p")
+    return FPN(
+        bottom_up=build_resnet_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
 
 
 def _with_gnp_norm(cfg: CfgNode) -> CfgNode:

@@ -57,7 +57,11 @@ def load_config(
                 f"({str(e.problem).strip()}), which can run any code. Read it; if you trust it, "
                 f"use --allow-unsafe-config."
             ) from e
-        except (yaml.YAMLError, OSError, AssertionError, KeyError, ValueError, TypeError) as e:
+        except OSError as e:  # a _BASE_ that does not exist
+            raise ValueError(f"{config_file}: {e.strerror}: {e.filename}") from e
+        except AttributeError as e:
+            raise ValueError(f"{config_file}: expected a mapping of config keys") from e
+        except (yaml.YAMLError, AssertionError, KeyError, ValueError, TypeError) as e:
             raise ValueError(_explain(e, config_file, cfg)) from e
     if len(opts) % 2:
         raise ValueError(f"Overrides are pairs of KEY VALUE; got an odd number: {' '.join(opts)}")
@@ -75,7 +79,9 @@ def load_config(
 
 
 def _explain(error: Exception, source: str, cfg: CfgNode) -> str:
-    message = " ".join(str(error.args[0] if error.args else error).split())
+    # str() of a KeyError is the repr of its message.
+    text = error.args[0] if isinstance(error, KeyError) else str(error)
+    message = " ".join(str(text).split())
     unknown = re.search(r"[Nn]on-existent (?:config )?key:? ?([\w.]+)", message)
     if unknown:
         message = f"unknown config key {unknown[1]}"

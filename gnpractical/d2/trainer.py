@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from gnpractical.analysis.layer_report import format_report, group_report
@@ -44,6 +45,7 @@ class Trainer(DefaultTrainer):
         # DefaultTrainer's own __init__ cannot be extended: it wraps the model for GPUs only and
         # names its checkpointer. The order of the objects is the one it prescribes.
         TrainerBase.__init__(self)
+        _log_to(cfg.OUTPUT_DIR)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         if comm.is_main_process():
             check_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
@@ -90,12 +92,18 @@ class Trainer(DefaultTrainer):
     @classmethod
     def evaluate(cls, cfg: CfgNode, *, resume: bool) -> dict:
         """Evaluate ``MODEL.WEIGHTS``, or with ``resume`` OUTPUT_DIR's last checkpoint."""
+        _log_to(cfg.OUTPUT_DIR)
         if comm.is_main_process():
             check_datasets(cfg, cfg.DATASETS.TEST)
         comm.synchronize()
         model = cls.build_model(cfg)
         GNPCheckpointer.from_config(cfg, model).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
         return cls.test(cfg, model)
+
+
+def _log_to(output_dir: str) -> None:
+    # Detectron2's default_setup does this for its own loggers; a repeated call adds nothing.
+    setup_logger(output_dir, distributed_rank=comm.get_rank(), name="gnpractical")
 
 
 def write_group_report(model: nn.Module, output_dir: str) -> None:

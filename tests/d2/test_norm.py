@@ -111,6 +111,9 @@ def test_lazy_config_vit_pyramid():
         def output_shape(self):
             return {"last_feat": ShapeSpec(channels=96, stride=16)}
 
+        def forward(self, x):
+            raise NotImplementedError
+
     pyramid = SimpleFeaturePyramid(
         PlainViT(), "last_feat", 32, scale_factors=(4.0, 2.0, 1.0, 0.5), norm="GN_PRACTICAL"
     )
@@ -118,8 +121,9 @@ def test_lazy_config_vit_pyramid():
 
 
 def test_bundled_projects(monkeypatch):
-    # Panoptic-DeepLab's data mapper, not its model, imports panopticapi.
+    # Of Panoptic-DeepLab and PointRend, only the data mappers use these two.
     stub = types.SimpleNamespace(rgb2id=rgb_to_id)
+    monkeypatch.setitem(sys.modules, "cv2", types.ModuleType("cv2"))
     monkeypatch.setitem(sys.modules, "panopticapi", types.SimpleNamespace(utils=stub))
     monkeypatch.setitem(sys.modules, "panopticapi.utils", stub)
     from detectron2.projects import deeplab, panoptic_deeplab, point_rend
@@ -137,12 +141,14 @@ def test_bundled_projects(monkeypatch):
     cfg.MODEL.SEM_SEG_HEAD.ASPP_CHANNELS = 64
     cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = 64
     model = build(cfg, RESNETS="GN_PRACTICAL", SEM_SEG_HEAD="GN_PRACTICAL")
-    assert len(assert_all_resolved_from_their_own_layer(model, 53 + 8)) == 61
+    # a stem of three convolutions; ASPP 5, low-level projection 1, fusion 2
+    assert_all_resolved_from_their_own_layer(model, 55 + 8)
     x = torch.randn(1, 3, 64, 64)
     model.sem_seg_head.layers(model.train().backbone(x)).sum().backward()
 
     cfg = get_cfg()
     panoptic_deeplab.add_panoptic_deeplab_config(cfg)
+    cfg.DATASETS.TRAIN = ("gnp_shapes_train",)
     cfg.MODEL.META_ARCHITECTURE = "PanopticDeepLab"
     cfg.MODEL.BACKBONE.NAME = "build_resnet_deeplab_backbone"
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res5"]
@@ -168,6 +174,7 @@ def test_bundled_projects(monkeypatch):
     cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
     cfg.MODEL.SEM_SEG_HEAD.NAME = "PointRendSemSegHead"
     cfg.MODEL.POINT_HEAD.IN_FEATURES = ["p2"]
+    cfg.MODEL.POINT_HEAD.NUM_CLASSES = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     model = build(
         cfg, RESNETS="GN_PRACTICAL", FPN="GN_PRACTICAL", SEM_SEG_HEAD="GN_PRACTICAL"
     )  # fmt: skip
