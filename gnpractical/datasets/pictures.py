@@ -1,0 +1,73 @@
+"""Predictions as pictures: labelled segments or boxes over an image, and tiles in one grid.
+
+Images are (H, W, 3) uint8 RGB.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+def color_of(number: int) -> tuple[int, int, int]:
+    """A colour for a category; neighbouring numbers get hues far apart (golden ratio)."""
+    rgb = colorsys.hsv_to_rgb(number * 0.61803 % 1.0, 0.75, 0.95)
+    return tuple(round(255 * v) for v in rgb)  # type: ignore[return-value]
+
+
+def draw_segments(
+    image: np.ndarray, ids: np.ndarray, segments: Sequence[tuple[int, int, str]], alpha: float = 0.6
+) -> np.ndarray:
+    """``image`` under a tint and an outline for each segment.
+
+    Args:
+        ids: (H, W) segment ids; ids that are not in ``segments`` stay untouched.
+        segments: (id, number of the colour, label); "" for no label.
+    """
+    out = image.astype(float)
+    for segment_id, number, _ in segments:
+        mask = ids == segment_id
+        out[mask] = (1 - alpha) * out[mask] + alpha * np.array(color_of(number))
+    edge = np.zeros(ids.shape, dtype=bool)
+    edge[1:] |= ids[1:] != ids[:-1]
+    edge[:, 1:] |= ids[:, 1:] != ids[:, :-1]
+    out[edge] = 255
+    labels = []
+    for segment_id, _, label in segments:
+        ys, xs = np.nonzero(ids == segment_id)
+        if label and len(xs):
+            labels.append((float(np.median(xs)), float(np.median(ys)), label))
+    return _write(Image.fromarray(out.astype(np.uint8)), labels)
+
+
+def draw_boxes(
+    image: np.ndarray, boxes: Sequence[Sequence[float]], numbers: Sequence[int], labels: list[str]
+) -> np.ndarray:
+    """``image`` with boxes (x0, y0, x1, y1 in pixels), each in its number's colour."""
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    for box, number in zip(boxes, numbers, strict=True):
+        draw.rectangle([float(v) for v in box], outline=color_of(number), width=2)
+    return _write(picture, [(b[0], b[1], t) for b, t in zip(boxes, labels, strict=True)])
+
+
+def tile(images: Sequence[np.ndarray], columns: int = 3, margin: int = 4) -> np.ndarray:
+    """Images of any sizes in one grid on white, ``margin`` pixels apart."""
+    height = max(i.shape[0] for i in images) + margin
+    width = max(i.shape[1] for i in images) + margin
+    rows = -(-len(images) // columns)
+    grid = np.full((rows * height, columns * width, 3), 255, dtype=np.uint8)
+    for k, image in enumerate(images):
+        y, x = k // columns * height, k % columns * width
+        grid[y : y + image.shape[0], x : x + image.shape[1]] = image
+    return grid
+
+
+def _write(picture: Image.Image, labels: Sequence[tuple[float, float, str]]) -> np.ndarray:
+    draw = ImageDraw.Draw(picture)
+    for x, y, text in labels:
+        draw.text((x, y), text, fill="white", stroke_width=1, stroke_fill="black", font_size=9)
+    return np.asarray(picture)

@@ -1,0 +1,99 @@
+import copy
+
+import pytest
+
+from gnpractical.datasets.annotations import check_instances, check_panoptic
+
+SQUARE = [[10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]]
+
+
+def sound():
+    return {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 100, "height": 50}],
+        "categories": [{"id": 3, "name": "cat"}],
+        "annotations": [
+            {"id": 9, "image_id": 1, "category_id": 3, "bbox": [10, 10, 20, 20],
+             "segmentation": SQUARE}
+        ],
+    }  # fmt: skip
+
+
+def test_sound_annotations_have_no_problems():
+    assert check_instances(sound(), ["a.jpg"]) == []
+
+
+@pytest.mark.parametrize(
+    "change, kind, offender",
+    [
+        ({"category_id": 77}, "unknown category", "annotation 9 (category 77)"),
+        ({"bbox": [200, 10, 20, 20]}, "box outside", "annotation 9 [200, 10, 20, 20] in 100x50"),
+        ({"bbox": [10, 10, 0, 5]}, "box outside", "annotation 9"),
+        ({"bbox": [90, 10, 40, 20]}, "box outside", "annotation 9"),
+        ({"bbox": [float("nan"), 1, 2, 2]}, "box outside", "annotation 9"),
+        ({"segmentation": []}, "empty mask", "annotation 9"),
+        ({"segmentation": [[1.0, 2.0]]}, "empty mask", "annotation 9"),
+        ({"segmentation": {"size": [50, 100], "counts": [5000]}}, "empty mask", "annotation 9"),
+    ],
+)
+def test_each_problem_names_its_offender_and_is_refused(change, kind, offender):
+    data = sound()
+    data["annotations"][0] |= change
+    (problem,) = check_instances(data, ["a.jpg"])
+    assert problem.kind.startswith(kind) and problem.refuse
+    assert offender in str(problem) and "1 of 1" in str(problem)
+
+
+def test_a_box_that_overshoots_by_rounding_is_fine():
+    data = sound()
+    data["annotations"][0]["bbox"] = [81, 31, 20, 20]
+    assert check_instances(data) == []
+
+
+def test_ids_used_twice():
+    data = sound()
+    data["annotations"] *= 2
+    (problem,) = check_instances(data)
+    assert problem.kind == "annotation id used twice" and problem.refuse
+
+
+def test_images_that_are_not_on_disk():
+    (problem,) = check_instances(sound(), ["b.jpg"])
+    assert "a.jpg" in str(problem) and problem.refuse
+    assert check_instances(sound(), None) == []
+
+
+def test_orphans_are_reported_but_harmless():
+    data = sound()
+    data["annotations"].append(data["annotations"][0] | {"id": 10, "image_id": 5})
+    (problem,) = check_instances(data)
+    assert "image 5" in str(problem) and not problem.refuse
+
+
+def test_a_few_dropped_boxes_are_tolerated_many_are_not():
+    data = sound()
+    data["annotations"] = [
+        copy.deepcopy(data["annotations"][0]) | {"id": i} for i in range(1000)
+    ]  # fmt: skip
+    for i in range(10):
+        data["annotations"][i]["bbox"] = [0, 0, 0, 0]
+    (problem,) = check_instances(data)
+    assert problem.count == 10 and len(problem.first) == 3 and not problem.refuse
+    data["annotations"][10]["bbox"] = [0, 0, 0, 0]
+    assert check_instances(data)[0].refuse
+
+
+def test_panoptic():
+    data = {
+        "images": [{"id": 1}],
+        "categories": [{"id": 3}],
+        "annotations": [
+            {"image_id": 1, "file_name": "a.png", "segments_info": [{"id": 5, "category_id": 3}]}
+        ],
+    }
+    assert check_panoptic(data, ["a.png"]) == []
+    segments = data["annotations"][0]["segments_info"]
+    segments.append({"id": 5, "category_id": 4})
+    data["annotations"][0]["image_id"] = 2
+    kinds = [str(p) for p in check_panoptic(data, [])]
+    assert len(kinds) == 4
+    assert all("a.png" in k for k in kinds)
