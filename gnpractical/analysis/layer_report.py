@@ -72,7 +72,7 @@ def group_report(model: nn.Module) -> list[LayerGroups]:
         in_channels = widths[0] if widths else None
         name = f"GN_{norm.num_groups}"
         if isinstance(norm, PracticalGroupNorm):
-            in_channels = in_channels or norm.in_channels
+            in_channels = norm.in_channels or in_channels
             name = norm.norm_name
         rows.append(
             LayerGroups(

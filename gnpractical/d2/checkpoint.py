@@ -4,34 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 from typing import IO, Any
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from gnpractical.analysis.layer_report import group_report
+from gnpractical.d2.array_pickle import load_arrays
+from gnpractical.layers.pairing import find_pairs
+from gnpractical.layers.weight_standardization import WSConv2d
 
 logger = logging.getLogger(__name__)
 
 RECORD_KEY = "gnp_groups"
-# What a model-zoo pickle of numpy arrays is made of (numpy 1 and 2, protocols 0 to 5).
-_ARRAY_GLOBALS = {
-    (f"{core}.{module}", name)
-    for core in ("numpy.core", "numpy._core")
-    for module, name in [
-        ("multiarray", "_reconstruct"),
-        ("multiarray", "scalar"),
-        ("numeric", "_frombuffer"),
-    ]
-} | {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("collections", "OrderedDict"),
-    ("_codecs", "encode"),
-}
 # Which config key chooses the norms under a module path.
 _NORM_KEYS = {
     "backbone.bottom_up": "MODEL.RESNETS.NORM",
@@ -55,7 +43,7 @@ class GNPCheckpointer(DetectionCheckpointer):
     * a record of the group counts in every file it writes, compared on loading;
     * files that appear complete or not at all, and only with finite weights;
     * nothing executed from a file: ``.pth`` is read weights-only, the model zoo's ``.pkl``
-      through an unpickler that admits numpy arrays and nothing else.
+      through ``array_pickle``.
 
     Args:
         mismatch: what other group counts in a loaded file do: "error", "warn" or "ignore".
@@ -124,6 +112,8 @@ class GNPCheckpointer(DetectionCheckpointer):
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         self._loading = path
+        if path and "://" not in path and not os.path.isfile(path):
+            raise ValueError(f"Checkpoint {path!r} does not exist")
         try:
             return super().load(path, *args, **kwargs)
         finally:
@@ -131,20 +121,35 @@ class GNPCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
-            loaded = _load_arrays(filename) if filename.endswith(".pkl") else super()._load_file(
-                filename
-            )  # fmt: skip
-        except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, AttributeError,
-                AssertionError, IndexError, KeyError, TypeError, ValueError) as e:  # fmt: skip
+            loaded = self._read(filename)
+            weights = loaded["model"]
+            if not all(isinstance(w, (torch.Tensor, np.ndarray)) for w in weights.values()):
+                raise TypeError("its 'model' holds more than tensors")
+            _check_record(loaded.get(RECORD_KEY, {}))
+        except Exception as e:  # a damaged file can fail in any way
             reason = " ".join(str(e).split())[:300]
             raise ValueError(
-                f"{filename} is no checkpoint that can be loaded: it is truncated, not a "
-                f"checkpoint, or holds more than tensors and plain data, which is never executed "
-                f"here. {type(e).__name__}: {reason}"
+                f"{filename} is no checkpoint that can be loaded: it is missing, truncated, no "
+                f"checkpoint, or would have to run code, which nothing here does. "
+                f"{type(e).__name__}: {reason}"
             ) from e
-        if not isinstance(loaded.get("model"), dict):
-            raise ValueError(f"{filename}: expected a dict of weights under 'model', found none")
         return loaded
+
+    def _read(self, filename: str) -> dict[str, Any]:
+        """As the base class's ``_load_file``, whose pickles and .pyth files could run code."""
+        if filename.endswith(".pkl"):
+            with PathManager.open(filename, "rb") as f:
+                data = load_arrays(f)
+            if "model" in data and "__author__" in data:
+                return data
+            blobs = data.get("blobs", data)  # Caffe2's and Detectron1's
+            weights = {k: v for k, v in blobs.items() if not k.endswith("_momentum")}
+            return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+        if filename.endswith(".pyth"):  # pycls
+            state = self._torch_load(filename)["model_state"]
+            weights = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+            return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+        return super()._load_file(filename)
 
     def _torch_load(self, f: str) -> Any:
         return torch.load(f, map_location="cpu", weights_only=True)
@@ -184,7 +189,7 @@ class GNPCheckpointer(DetectionCheckpointer):
         )
         message = (
             f"{self._loading} was trained with other group counts: {len(differing)} of "
-            f"{len(mine)} GroupNorm layers differ. {first}. To match the file: "
+            f"{len(mine)} norms differ. {first}. To match the file: "
             f"{self._overrides(differing, record, mine)}. To load it all the same: "
             f"MODEL.GNP.CHECKPOINT_MISMATCH warn"
         )
@@ -203,7 +208,8 @@ class GNPCheckpointer(DetectionCheckpointer):
                     key = "MODEL.GNP.NORM"
                 wanted.setdefault(key, set()).add(record[name]["norm"])
             if record[name]["weight_standardized"] != mine[name]["weight_standardized"]:
-                standardized.add((name.split(".")[0], record[name]["weight_standardized"]))
+                part = "backbone" if name.startswith("backbone") else prefix or name.split(".")[0]
+                standardized.add((part, record[name]["weight_standardized"]))
         parts = [
             f"{key} {norms.pop()}" if len(norms) == 1 else f"{key} (a mix of {sorted(norms)})"
             for key, norms in wanted.items()
@@ -216,15 +222,28 @@ class GNPCheckpointer(DetectionCheckpointer):
 
 
 def group_record(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What a checkpoint keeps of each GroupNorm: plain data, by path."""
-    return {
-        row.name: {
-            "num_groups": row.num_groups,
-            "norm": row.norm,
-            "weight_standardized": row.weight_standardized,
+    """What a checkpoint keeps of each norm: plain data, by path.
+
+    ``norm`` is the config string of a GroupNorm and the class of any other norm, whose
+    ``num_groups`` is None.
+    """
+    record = {
+        pair.norm_name: {
+            "num_groups": None,
+            "norm": type(pair.norm).__name__,
+            "weight_standardized": isinstance(pair.layer, WSConv2d),
         }
-        for row in group_report(model)
+        for pair in find_pairs(model)
     }
+    for row in group_report(model):
+        record[row.name] |= {"num_groups": row.num_groups, "norm": row.norm}
+    return record
+
+
+def _check_record(record: dict[str, dict[str, Any]]) -> None:
+    for entry in record.values():
+        if not {"num_groups", "norm", "weight_standardized"} <= entry.keys():
+            raise KeyError(f"incomplete {RECORD_KEY}")
 
 
 def _settings(entry: dict[str, Any]) -> tuple:
@@ -232,26 +251,8 @@ def _settings(entry: dict[str, Any]) -> tuple:
 
 
 def _describe(entry: dict[str, Any]) -> str:
-    text = f"G={entry['num_groups']}"
+    text = f"G={entry['num_groups']}" if entry["num_groups"] else entry["norm"]
     return f"{text} with weight standardization" if entry["weight_standardized"] else text
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ARRAY_GLOBALS:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not part of a numpy array")
-
-
-def _load_arrays(filename: str) -> dict[str, Any]:
-    """A model-zoo pickle, in the form ``DetectionCheckpointer._load_file`` gives it."""
-    with PathManager.open(filename, "rb") as f:
-        data = _ArrayUnpickler(f, encoding="latin1").load()
-    if "model" in data and "__author__" in data:
-        return data
-    blobs = data.get("blobs", data)  # Caffe2's and Detectron1's
-    weights = {k: v for k, v in blobs.items() if not k.endswith("_momentum")}
-    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
 
 def _write_whole(path: str, write) -> None:

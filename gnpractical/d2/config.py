@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 
+import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
@@ -52,13 +53,17 @@ def load_config(
         try:
             cfg.merge_from_file(config_file, allow_unsafe=allow_unsafe)
         except yaml.constructor.ConstructorError as e:
+            if allow_unsafe:
+                raise ValueError(_explain(e, config_file, cfg)) from e
             raise ValueError(
                 f"{config_file}: its YAML would construct Python objects "
                 f"({str(e.problem).strip()}), which can run any code. Read it; if you trust it, "
                 f"use --allow-unsafe-config."
             ) from e
         except OSError as e:  # a _BASE_ that does not exist
-            raise ValueError(f"{config_file}: {e.strerror}: {e.filename}") from e
+            raise ValueError(f"{config_file}: a file could not be read: {e}") from e
+        except RecursionError as e:
+            raise ValueError(f"{config_file}: its _BASE_ leads back to itself") from e
         except AttributeError as e:
             raise ValueError(f"{config_file}: expected a mapping of config keys") from e
         except (yaml.YAMLError, AssertionError, KeyError, ValueError, TypeError) as e:
@@ -70,6 +75,15 @@ def load_config(
     except (AssertionError, KeyError, ValueError, TypeError) as e:
         raise ValueError(_explain(e, "command line", cfg)) from e
     check_norm_names(cfg)
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError:
+        raise ValueError(
+            f"MODEL.DEVICE must be a device of PyTorch's, such as cuda or cpu; "
+            f"got {cfg.MODEL.DEVICE!r}"
+        ) from None
+    if cfg.TEST.AUG.ENABLED:
+        raise ValueError("TEST.AUG.ENABLED: test-time augmentation is not available here")
     if cfg.MODEL.GNP.CHECKPOINT_MISMATCH not in MISMATCH_CHOICES:
         raise ValueError(
             f"MODEL.GNP.CHECKPOINT_MISMATCH must be one of {', '.join(MISMATCH_CHOICES)}; "
@@ -85,9 +99,12 @@ def _explain(error: Exception, source: str, cfg: CfgNode) -> str:
     unknown = re.search(r"[Nn]on-existent (?:config )?key:? ?([\w.]+)", message)
     if unknown:
         message = f"unknown config key {unknown[1]}"
-        near = difflib.get_close_matches(unknown[1], _keys(cfg), n=1, cutoff=0.5)
+        keys = {key.upper(): key for key in _keys(cfg)}
+        near = difflib.get_close_matches(unknown[1].upper(), keys, n=1, cutoff=0.5)
         if near:
-            message += f"; the nearest valid key is {near[0]}"
+            message += f"; the nearest valid key is {keys[near[0]]}"
+    elif "is not iterable" in message:
+        message = "a section of the config, such as MODEL, holds no keys"
     return f"{source}: {message}"
 
 

@@ -60,12 +60,12 @@ def _join_torchrun(main: Main, args: argparse.Namespace, cfg: CfgNode) -> Any:
     if on_gpu:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if on_gpu else "gloo")  # addresses from the environment
-    try:
-        comm.create_local_process_group(local_size)
-        comm.synchronize()
-        return _share_cores(main, args, cfg)
-    finally:
-        dist.destroy_process_group()
+    comm.create_local_process_group(local_size)
+    comm.synchronize()
+    results = _share_cores(main, args, cfg)
+    # Only after success: the others may never come to tear down, and torchrun ends them.
+    dist.destroy_process_group()
+    return results
 
 
 def _share_cores(main: Main, args: argparse.Namespace, cfg: CfgNode) -> Any:

@@ -74,14 +74,17 @@ def check_datasets(cfg: CfgNode, names: tuple[str, ...]) -> None:
 def _check_annotations(name: str) -> None:
     metadata = MetadataCatalog.get(name)
     problems: list[tuple[str, Problem]] = []
-    if metadata.get("json_file"):
+    # LVIS's files are not quite of COCO's form, and two of COCO 2014's have known duplicates.
+    is_coco = metadata.get("evaluator_type") in ("coco", "coco_panoptic_seg")
+    if is_coco and metadata.get("json_file") and "2014_" not in name:
         data = read_json(metadata.json_file)
-        found = check_instances(data, os.listdir(metadata.image_root))
-        problems += [(metadata.json_file, p) for p in found]
+        if "annotations" in data:  # COCO's test sets have none
+            files = _existing(metadata.get("image_root"), data.get("images", []))
+            problems += _checked(check_instances, metadata.json_file, data, files)
     if metadata.get("panoptic_json"):
         data = read_json(metadata.panoptic_json)
-        found = check_panoptic(data, os.listdir(metadata.panoptic_root))
-        problems += [(metadata.panoptic_json, p) for p in found]
+        files = os.listdir(metadata.panoptic_root)
+        problems += _checked(check_panoptic, metadata.panoptic_json, data, files)
         if metadata.get("sem_seg_root"):
             wanted = {a["file_name"] for a in data["annotations"]}
             missing = wanted - set(os.listdir(metadata.sem_seg_root))
@@ -99,6 +102,21 @@ def _check_annotations(name: str) -> None:
             f"Data set {name} would train wrongly. {'; '.join(refused)}. Mend the annotations, or "
             f"set MODEL.GNP.CHECK_ANNOTATIONS False to train on them as they are."
         )
+
+
+def _existing(root: str | None, images: list[dict]) -> list[str] | None:
+    if not root:
+        return None
+    listed = set(os.listdir(root))  # one call for the many that lie in the folder itself
+    names = [i["file_name"] for i in images if "file_name" in i]
+    return [n for n in names if n in listed or os.path.exists(os.path.join(root, n))]
+
+
+def _checked(check, path: str, data: dict, files: list[str] | None) -> list[tuple[str, Problem]]:
+    try:
+        return [(path, problem) for problem in check(data, files)]
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
 
 
 def _advice(key: str) -> str:

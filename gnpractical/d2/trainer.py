@@ -120,12 +120,12 @@ def write_group_report(model: nn.Module, output_dir: str) -> None:
 
 def adapt_to_device(cfg: CfgNode) -> None:
     """Turn what needs a GPU off, with one line said, where there is none."""
-    if torch.device(cfg.MODEL.DEVICE).type != "cuda" or torch.cuda.is_available():
-        return
-    said = "No GPU is available: running on the CPU (MODEL.DEVICE cpu"
-    cfg.MODEL.DEVICE = "cpu"
-    if cfg.SOLVER.AMP.ENABLED:
-        cfg.SOLVER.AMP.ENABLED = False
-        said += ", SOLVER.AMP.ENABLED False"
-    if os.environ.get("RANK", "0") == "0":  # torchrun's; no process group exists yet
-        print(said + ")")
+    changes = []
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+        changes.append("MODEL.DEVICE cpu")
+    if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
+        cfg.SOLVER.AMP.ENABLED = False  # Detectron2's AMP trainer knows CUDA only
+        changes.append("SOLVER.AMP.ENABLED False")
+    if changes and os.environ.get("RANK", "0") == "0":  # torchrun's; no process group exists yet
+        print(f"No GPU is available: running on the CPU ({', '.join(changes)})")

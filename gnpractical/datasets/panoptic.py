@@ -46,7 +46,7 @@ def read_ids(path: str | os.PathLike) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return rgb_to_id(np.asarray(image.convert("RGB")))
-    except OSError as e:
+    except (OSError, SyntaxError) as e:  # Pillow's for a broken PNG
         raise ValueError(f"{path}: not a readable panoptic PNG ({e})") from e
 
 
@@ -270,7 +270,7 @@ def read_json(path: str | os.PathLike) -> Json:
     """A JSON file's content; ValueError, naming the file, if it is missing or malformed."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise ValueError(f"{path}: not a readable JSON file ({e})") from e
 
 

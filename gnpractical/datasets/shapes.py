@@ -41,9 +41,15 @@ HEIGHT, WIDTH = 120, 160
 
 FOLDER = "gnp_shapes"
 _COLOR = {
-    "disc": (205, 75, 70), "box": (70, 90, 205), "triangle": (220, 190, 60), "star": (175, 70, 190),
-    "sky": (150, 185, 225), "grass": (95, 150, 75), "water": (60, 120, 150), "sand": (205, 180, 135),
-}  # fmt: skip
+    "disc": (205, 75, 70),
+    "box": (70, 90, 205),
+    "triangle": (220, 190, 60),
+    "star": (175, 70, 190),
+    "sky": (150, 185, 225),
+    "grass": (95, 150, 75),
+    "water": (60, 120, 150),
+    "sand": (205, 180, 135),
+}
 _COLOR_SPREAD = {"thing": 22, "stuff": 20}  # standard deviation of each channel
 _CATEGORY_ID = {c["name"]: c["id"] for c in CATEGORIES}
 _MIN_VISIBLE = 24  # pixels; what is less visible than this is left unlabelled (void)
@@ -152,7 +158,7 @@ def _make_split(folder: Path, split: str, count: int, seed: int) -> None:
     )  # fmt: skip
     info = {"description": "gnp_shapes", "version": "1", "seed": seed}
     images = [image for image, _, _ in made]
-    for kind, annotations, categories in [
+    for kind, entries, categories in [
         ("instances", [i for _, row, _ in made for i in row], CATEGORIES[: len(THINGS)]),
         ("panoptic", [p for _, _, p in made], CATEGORIES),
     ]:
@@ -161,7 +167,7 @@ def _make_split(folder: Path, split: str, count: int, seed: int) -> None:
                 {
                     "info": info,
                     "images": images,
-                    "annotations": annotations,
+                    "annotations": entries,
                     "categories": categories,
                 }
             )

@@ -99,18 +99,19 @@ class PracticalGroupNorm(nn.GroupNorm):
     @torch.jit.unused
     def _check(self, input: Tensor) -> None:
         if self.num_groups is None:
-            if isinstance(self.rule, str):
-                raise RuntimeError(self._unresolved_message())
-            self.resolve(None)
+            self._resolve_late()
         values = input.shape[1] // self.num_groups
         for size in input.shape[2:]:
             values = values * size
         if values == 1 and input.shape[0] > 0:
             self._single_value(input)
 
-    def _unresolved_message(self) -> str:
+    @torch.compiler.disable
+    def _resolve_late(self) -> None:
+        if not isinstance(self.rule, str):
+            return self.resolve(None)
         path = _path_on_stack(self) or "(not inside a module)"
-        return (
+        raise RuntimeError(
             f"{self.norm_name} at {path}, {self.num_channels} channels: no weight layer was found "
             f"that feeds this norm, so its number of groups is unknown. Register it right after "
             f"its conv or linear layer in the same module, or call "
@@ -118,6 +119,7 @@ class PracticalGroupNorm(nn.GroupNorm):
             f"model a fixed number of groups, such as GN_32."
         )
 
+    @torch.compiler.disable
     def _single_value(self, input: Tensor) -> None:
         path = _path_on_stack(self) or type(self).__name__
         message = (
@@ -164,9 +166,9 @@ def _path_on_stack(module: nn.Module) -> str:
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, nn.Module) and caller is not module:
-            for name, candidate in caller.named_modules():
-                if candidate is module:
-                    path = name
-                    break
+            try:
+                path = next((n for n, m in caller.named_modules() if m is module), path)
+            except (AttributeError, KeyError):  # a module whose __init__ is still running
+                pass
         frame = frame.f_back  # type: ignore[assignment]
     return path

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parameter import is_lazy
 
 from gnpractical.layers.group_norm import PracticalGroupNorm
 
@@ -39,13 +41,13 @@ def layer_widths(module: nn.Module) -> tuple[int, int] | None:
     ``torch.nn`` convolutions. ``kernel_size`` tells a convolution from a block that merely
     records its widths, such as Detectron2's ``CNNBlockBase``.
     """
-    if hasattr(module, "kernel_size") and not hasattr(module, "in_features"):
-        widths = getattr(module, "in_channels", None), getattr(module, "out_channels", None)
-    else:
-        widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(widths[0], int) and isinstance(widths[1], int):
-        return widths[0], widths[1]
-    return None
+    kind = "features" if hasattr(module, "in_features") else "channels"
+    if kind == "channels" and not hasattr(module, "kernel_size"):
+        return None
+    widths = getattr(module, f"in_{kind}", None), getattr(module, f"out_{kind}", None)
+    if all(isinstance(w, int) and w > 0 for w in widths):
+        return widths  # type: ignore[return-value]
+    return None  # a lazy layer's are 0 until its first call
 
 
 def norm_width(module: nn.Module) -> int | None:
@@ -106,8 +108,14 @@ def _feeding_layer(
             waiting.append((name, widths))
         elif width is not None:
             fed = [entry for entry in waiting if entry[1][1] == width]
-            if fed:
-                waiting.remove(fed[-1])
+            in_channels = getattr(sibling, "in_channels", None)
+            known = [entry for entry in fed if entry[1][0] == in_channels]
+            if known or len({entry[1][0] for entry in fed}) == 1:
+                waiting.remove((known or fed)[-1])
+            else:  # which of them that norm follows is not known, so none of them is free
+                waiting = [entry for entry in waiting if entry not in fed]
+        elif _has_weights(sibling):  # its output, of unknown width, may be what reaches the norm
+            waiting.clear()
     if isinstance(parent, nn.Sequential):
         waiting = waiting[-1:]
     fits = [(name, widths) for name, widths in waiting if widths[1] == num_channels]
@@ -117,10 +125,16 @@ def _feeding_layer(
     return "" if own is not None and own[1] == num_channels else None
 
 
+def _has_weights(module: nn.Module) -> bool:
+    return any(is_lazy(p) or p.dim() > 1 for p in module.parameters())
+
+
 def _resolve_on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     if not isinstance(child, PracticalGroupNorm) or child.num_groups is not None:
         return
-    layer_name = _feeding_layer(parent, parent.named_children(), child.num_channels)
+    # A norm that takes another's place was not registered last.
+    before = takewhile(lambda entry: entry[0] != name, parent.named_children())
+    layer_name = _feeding_layer(parent, before, child.num_channels)
     if layer_name is not None:
         layer = parent.get_submodule(layer_name)
         widths = layer_widths(layer)

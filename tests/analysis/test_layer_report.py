@@ -42,6 +42,11 @@ def test_unresolved_norms_are_shown_as_such():
     assert "unresolved" in format_report([row])
 
 
+def test_a_width_that_was_given_is_the_one_reported():
+    model = nn.Sequential(nn.Conv2d(256, 128, 1), PracticalGroupNorm(128, in_channels=512))
+    assert group_report(model)[0].in_channels == 512
+
+
 def test_table_and_totals():
     text = format_report(group_report(toy()))
     lines = text.splitlines()

@@ -1,3 +1,4 @@
+import logging
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,12 @@ TINY = [
     "SOLVER.BASE_LR", "0.001", "SOLVER.WARMUP_ITERS", "1", "DATALOADER.NUM_WORKERS", "0",
     "SOLVER.CHECKPOINT_PERIOD", "1",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def logs_reach_caplog():
+    """Undo what Detectron2's setup_logger, called by a trainer, does to our loggers."""
+    logging.getLogger("gnpractical").propagate = True
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,4 @@
+import io
 import logging
 import pickle
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from detectron2.layers import Conv2d, get_norm
 from torch import nn
 
+from gnpractical.d2.array_pickle import load_arrays
 from gnpractical.d2.checkpoint import RECORD_KEY, GNPCheckpointer, GroupMismatch, group_record
 from gnpractical.d2.weight_standardization import apply_weight_standardization
 
@@ -97,6 +99,16 @@ def test_weight_standardization_is_compared_too(tmp_path):
         GNPCheckpointer(Model()).load(str(tmp_path / "model_0.pth"))
 
 
+def test_other_norms_are_recorded_and_compared_too(tmp_path):
+    model = Model("BN")
+    apply_weight_standardization(model, ["backbone"])
+    GNPCheckpointer(model, str(tmp_path)).save("model_0")
+    with pytest.raises(GroupMismatch, match="backbone.* BatchNorm2d with weight standardization"):
+        GNPCheckpointer(Model()).load(str(tmp_path / "model_0.pth"))
+    with pytest.raises(GroupMismatch, match="'backbone' in"):
+        GNPCheckpointer(Model("BN")).load(str(tmp_path / "model_0.pth"))
+
+
 def test_weights_without_record_are_said_to_be_of_unknown_counts(tmp_path, caplog):
     path = tmp_path / "plain.pth"
     torch.save({"model": Model().state_dict()}, path)
@@ -154,13 +166,50 @@ def test_truncated_and_foreign_files_are_named(tmp_path, name, content):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
+def test_a_file_that_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="no.pth' does not exist"):
+        GNPCheckpointer(Model()).load(str(tmp_path / "no.pth"))
+
+
+def test_arrays_of_every_protocol_kind_and_order(tmp_path):
+    arrays = {
+        "f4": np.arange(6, dtype="f4").reshape(2, 3),
+        "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "big-endian": np.arange(3, dtype=">f8"),
+        "empty": np.zeros((0, 3), "f2"),
+        "ints": np.arange(4),
+        "scalar": np.float32(3),
+        "plain": [1, "two", (3.0, None)],
+    }
+    for protocol in range(6):
+        loaded = load_arrays(io.BytesIO(pickle.dumps(arrays, protocol=protocol)))
+        assert loaded.keys() == arrays.keys() and loaded["plain"] == arrays["plain"]
+        for key in arrays.keys() - {"plain"}:
+            np.testing.assert_array_equal(loaded[key], arrays[key])
+            assert np.shape(loaded[key]) == np.shape(arrays[key])
+
+
+def test_arrays_of_objects_are_refused():
+    with pytest.raises(pickle.UnpicklingError, match="not of numbers"):
+        load_arrays(io.BytesIO(pickle.dumps(np.array([{}, 1], dtype=object))))
+
+    # A dtype turned into one of pointers after the array was made: memory corruption in numpy.
+    class Turned:
+        def __reduce__(self):
+            state = (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 27)
+            return np.dtype, ("V8", False, True), state
+
+    with pytest.raises(pickle.UnpicklingError, match="not of numbers"):
+        load_arrays(io.BytesIO(pickle.dumps(Turned())))
+
+
 def test_weights_of_another_model_are_refused(tmp_path):
     path = tmp_path / "other.pth"
     torch.save({"model": nn.Linear(3, 3).state_dict()}, path)
     with pytest.raises(ValueError, match="other.pth: none of the model's 12 parameters"):
         GNPCheckpointer(Model()).load(str(path))
     torch.save({"model": 3}, path)
-    with pytest.raises(ValueError, match="other.pth: expected a dict of weights"):
+    with pytest.raises(ValueError, match="other.pth is no checkpoint that can be loaded"):
         GNPCheckpointer(Model()).load(str(path))
 
 

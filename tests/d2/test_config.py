@@ -133,6 +133,14 @@ def test_malformed_yaml(tmp_path):
     assert "my.yaml" in error_of(write(tmp_path, "- 1\n- 2\n"))
 
 
+def test_sections_without_keys_loops_and_devices(tmp_path):
+    assert "my.yaml: a section" in error_of(write(tmp_path, "MODEL: 3\n"))
+    assert "leads back to itself" in error_of(write(tmp_path, '_BASE_: "my.yaml"\n'))
+    assert "MODEL.DEVICE must be a device" in error_of("", ["MODEL.DEVICE", "gpu"])
+    assert "test-time augmentation" in error_of("", ["TEST.AUG.ENABLED", "True"])
+    assert "MODEL.RESNETS.NORM" in error_of("", ["MODEL.RESNETS.norm", "GN"])
+
+
 def test_odd_overrides():
     assert "pairs of KEY VALUE" in error_of("", ["SOLVER.BASE_LR"])
 

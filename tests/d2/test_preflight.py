@@ -79,8 +79,11 @@ def test_missing_semantic_pngs_name_the_command(tiny_cfg, own_copy):
     "kind, change, expected",
     [
         ("instances", lambda d: d["annotations"][0].update(category_id=99), "unknown category: 1"),
-        ("instances", lambda d: d["annotations"][0].update(bbox=[900, 0, 5, 5]), "box outside"),
-        ("instances", lambda d: d["annotations"][0].update(segmentation=[]), "empty mask: 1"),
+        ("instances", lambda d: [a.update(bbox=[900, 0, 5, 5]) for a in d["annotations"]],
+         "box outside"),
+        ("instances", lambda d: [a.update(segmentation=[[1, 2]]) for a in d["annotations"]],
+         "empty mask"),
+        ("instances", lambda d: d.pop("categories"), "the JSON has no 'categories'"),
         ("instances", lambda d: d["images"][0].update(file_name="gone.jpg"), "gone.jpg"),
         ("panoptic", lambda d: d["annotations"][0].update(image_id=12345), "image id without"),
         ("panoptic", lambda d: d["annotations"][0]["segments_info"][0].update(category_id=99),
@@ -90,7 +93,7 @@ def test_missing_semantic_pngs_name_the_command(tiny_cfg, own_copy):
 def test_annotations_that_would_train_wrongly(tiny_cfg, own_copy, kind, change, expected):
     spoil(own_copy, kind, change)
     text = message(tiny_cfg())
-    assert expected in text and f"{kind}_train.json" in text and "CHECK_ANNOTATIONS" in text
+    assert expected in text and f"{kind}_train.json" in text
     check_datasets(tiny_cfg("MODEL.GNP.CHECK_ANNOTATIONS", "False"), (NAME,))
 
 

@@ -28,9 +28,8 @@ def test_sound_annotations_have_no_problems():
         ({"category_id": 77}, "unknown category", "annotation 9 (category 77)"),
         ({"bbox": [200, 10, 20, 20]}, "box outside", "annotation 9 [200, 10, 20, 20] in 100x50"),
         ({"bbox": [10, 10, 0, 5]}, "box outside", "annotation 9"),
-        ({"bbox": [90, 10, 40, 20]}, "box outside", "annotation 9"),
+        ({"bbox": [90, 10, 40, 20]}, "box outside", "annotation 9"),  # its centre is outside
         ({"bbox": [float("nan"), 1, 2, 2]}, "box outside", "annotation 9"),
-        ({"segmentation": []}, "empty mask", "annotation 9"),
         ({"segmentation": [[1.0, 2.0]]}, "empty mask", "annotation 9"),
         ({"segmentation": {"size": [50, 100], "counts": [5000]}}, "empty mask", "annotation 9"),
     ],
@@ -43,10 +42,39 @@ def test_each_problem_names_its_offender_and_is_refused(change, kind, offender):
     assert offender in str(problem) and "1 of 1" in str(problem)
 
 
-def test_a_box_that_overshoots_by_rounding_is_fine():
+@pytest.mark.parametrize(
+    "change", [{"bbox": [81, 31, 20, 20]}, {"segmentation": []}, {"segmentation": None}]
+)
+def test_boxes_that_overhang_and_data_without_masks_are_fine(change):
     data = sound()
-    data["annotations"][0]["bbox"] = [81, 31, 20, 20]
+    data["annotations"][0] |= change
     assert check_instances(data) == []
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda d: d.pop("categories"), "the JSON has no 'categories'"),
+        (lambda d: d.update(images={}), "'images' is no list but dict"),
+        (lambda d: d["annotations"][0].pop("bbox"), "annotation 9 has no 'bbox'"),
+        (lambda d: d["annotations"][0].update(bbox=[1, 2]), "annotation 9 is malformed"),
+        (lambda d: d["annotations"][0].update(bbox="1 2 3 4"), "annotation 9 is malformed"),
+        (lambda d: d["annotations"].append("x"), "an annotation has no 'id'"),
+        (lambda d: d["images"][0].pop("width"), "annotation 9 is malformed.*width"),
+    ],
+)
+def test_json_that_is_not_of_cocos_form(spoil, message):
+    data = sound()
+    spoil(data)
+    with pytest.raises(ValueError, match=message):
+        check_instances(data)
+
+
+def test_every_annotation_an_orphan_is_refused():
+    data = sound()
+    data["images"][0]["id"] = "1"
+    (problem,) = check_instances(data)
+    assert problem.refuse
 
 
 def test_ids_used_twice():
@@ -69,6 +97,14 @@ def test_orphans_are_reported_but_harmless():
     assert "image 5" in str(problem) and not problem.refuse
 
 
+def test_a_few_bad_boxes_of_a_small_data_set_are_tolerated():
+    data = sound()
+    data["annotations"] = [copy.deepcopy(data["annotations"][0]) | {"id": i} for i in range(50)]
+    data["annotations"][7]["bbox"] = [-30, 0, 20, 5]
+    (problem,) = check_instances(data)
+    assert problem.count == 1 and not problem.refuse
+
+
 def test_a_few_dropped_boxes_are_tolerated_many_are_not():
     data = sound()
     data["annotations"] = [
@@ -83,17 +119,19 @@ def test_a_few_dropped_boxes_are_tolerated_many_are_not():
 
 
 def test_panoptic():
+    segment = {"id": 5, "category_id": 3, "iscrowd": 0, "area": 4}
     data = {
         "images": [{"id": 1}],
         "categories": [{"id": 3}],
-        "annotations": [
-            {"image_id": 1, "file_name": "a.png", "segments_info": [{"id": 5, "category_id": 3}]}
-        ],
+        "annotations": [{"image_id": 1, "file_name": "a.png", "segments_info": [segment]}],
     }
     assert check_panoptic(data, ["a.png"]) == []
     segments = data["annotations"][0]["segments_info"]
-    segments.append({"id": 5, "category_id": 4})
+    segments.append(segment | {"category_id": 4})
     data["annotations"][0]["image_id"] = 2
     kinds = [str(p) for p in check_panoptic(data, [])]
     assert len(kinds) == 4
     assert all("a.png" in k for k in kinds)
+    del segments[0]["area"]
+    with pytest.raises(ValueError, match="a segment of a.png has no 'area'"):
+        check_panoptic(data)

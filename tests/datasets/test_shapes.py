@@ -136,9 +136,7 @@ def test_an_interrupted_run_leaves_nothing_half_made(tmp_path, monkeypatch):
 
 def test_several_processes_at_once(tmp_path):
     context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=shapes.make_shapes, args=(tmp_path, FEW)) for _ in range(3)
-    ]
+    processes = [context.Process(target=shapes.make_shapes, args=(tmp_path, FEW)) for _ in range(3)]
     for p in processes:
         p.start()
     for p in processes:

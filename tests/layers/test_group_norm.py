@@ -85,6 +85,17 @@ def test_torch_compile_without_graph_break():
     torch.testing.assert_close(compiled(x), model(x))
 
 
+def test_errors_and_warnings_under_torch_compile():
+    net = torch.compile(Net(), backend="eager")
+    with pytest.raises(ValueError, match="8 groups on an input of shape"):
+        net(torch.randn(2, 64, 1, 1))
+    with pytest.warns(UserWarning, match="8 groups on an input of shape"):
+        torch.compile(Net().eval(), backend="eager")(torch.randn(2, 64, 1, 1))
+    unresolved = torch.compile(nn.ModuleList([PracticalGroupNorm(4)])[0], backend="eager")
+    with pytest.raises(RuntimeError, match="GN_PRACTICAL at .*4 channels"):
+        unresolved(torch.randn(2, 4, 3, 3))
+
+
 def test_torch_jit_script_and_export():
     model = nn.Sequential(nn.Conv2d(8, 16, 3), PracticalGroupNorm(16)).eval()
     x = torch.randn(2, 8, 6, 6)

@@ -83,6 +83,14 @@ def test_grouped_and_depthwise_convolutions_use_full_widths():
         # two layers of this width and different inputs: which one feeds it is a guess
         lambda n: Block(7, 7, a=nn.Conv2d(3, 128, 1), b=nn.Conv2d(256, 128, 1), norm=n),
         lambda n: nn.ModuleList([n]),
+        # a container's output, of unknown width, reaches the norm
+        lambda n: nn.Sequential(nn.Conv2d(256, 128, 1), nn.Sequential(nn.Conv2d(128, 128, 3)), n),
+        lambda n: Block(7, 7, a=nn.Linear(256, 128), b=nn.MultiheadAttention(128, 4), norm=n),
+        lambda n: nn.Sequential(nn.Conv2d(256, 128, 1), nn.LazyConv2d(128, 1), n),
+        # which of the two the first norm follows is unknown, so the second is unknown too
+        lambda n: Block(
+            7, 7, a=nn.Conv2d(256, 128, 1), b=nn.Conv2d(64, 128, 1), m=nn.BatchNorm2d(128), norm=n
+        ),
     ],
 )
 def test_never_guesses(build):
@@ -92,6 +100,26 @@ def test_never_guesses(build):
     assert [p.layer for p in find_pairs(model) if p.norm is norm] == [None]
     with pytest.raises(ValueError, match="1 norms have no number of groups.*128 channels"):
         require_resolved(model)
+
+
+def test_a_norm_that_replaces_another_is_fed_by_what_comes_before_it():
+    model = nn.Sequential(
+        nn.Conv2d(256, 128, 1), nn.BatchNorm2d(128), nn.ReLU(), nn.Conv2d(128, 128, 3)
+    )
+    model[1] = gn(128)
+    assert (model[1].in_channels, model[1].num_groups) == (256, 32)
+    block = Block(7, 7, conv1=nn.Conv2d(256, 128, 1), bn1=nn.BatchNorm2d(128),
+                  conv2=nn.Conv2d(128, 128, 3), bn2=nn.BatchNorm2d(128))  # fmt: skip
+    for name, child in list(block.named_children()):
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(block, name, gn(child.num_features))
+    assert (block.bn1.in_channels, block.bn2.in_channels) == (256, 128)
+
+
+def test_resolving_an_ambiguous_norm_settles_the_next():
+    first = PracticalGroupNorm(128, 256)
+    block = Block(7, 7, a=nn.Conv2d(256, 128, 1), b=nn.Conv2d(64, 128, 1), m=first, norm=gn(128))
+    assert block.norm.in_channels == 64
 
 
 def test_resolved_norms_and_other_modules_are_left_alone():
