@@ -113,7 +113,7 @@ def draw_image(split: str, index: int, seed: int = 0) -> tuple[np.ndarray, list[
 
     left, right = rng.uniform(0.75, 1.2, 2)
     light = np.linspace(left, right, WIDTH)[None, :, None]
-    image = image * light + rng.normal(0, rng.uniform(2, 8), image.shape)
+    image = image * light + rng.normal(0, rng.uniform(2, 6), image.shape)
     image = np.clip(image, 0, 255).astype(np.uint8)
 
     segments = [
@@ -268,11 +268,11 @@ def _stuff_texture(rng: np.random.Generator, name: str, y: np.ndarray, x: np.nda
         return 12 * np.sin(y / 30 + phase[0]) + 8 * np.sin(x / 25 + phase[1])
     if name == "grass":  # upright blades
         blades = np.sin(x * rng.uniform(1.3, 1.7) + 1.5 * np.sin(y / 3 + phase[0]) + phase[1])
-        return 14 * blades + rng.normal(0, 4, x.shape)
+        return 11 * blades + rng.normal(0, 4, x.shape)
     if name == "water":  # level ripples
-        return 14 * np.sin(y * rng.uniform(0.8, 1.2) + 1.2 * np.sin(x / 9 + phase[0]) + phase[1])
+        return 11 * np.sin(y * rng.uniform(0.8, 1.2) + 1.2 * np.sin(x / 9 + phase[0]) + phase[1])
     assert name == "sand"  # coarse grain
-    grain = rng.normal(0, 14, (HEIGHT // 2 + 1, WIDTH // 2 + 1))
+    grain = rng.normal(0, 11, (HEIGHT // 2 + 1, WIDTH // 2 + 1))
     return np.kron(grain, np.ones((2, 2)))[:HEIGHT, :WIDTH]
 
 
@@ -281,7 +281,7 @@ def _outline(rng: np.random.Generator, name: str, center: np.ndarray, radius: fl
     canvas = Image.new("L", (WIDTH, HEIGHT))
     draw = ImageDraw.Draw(canvas)
     stretch = rng.uniform(0.85, 1.0)
-    turn = rng.uniform(-0.2, 0.2)
+    turn = rng.uniform(-0.15, 0.15)
     corners = {"disc": 40, "box": 4, "triangle": 3, "star": 10}[name]
     # The first corner is at the top; a box stands on an edge.
     start = -math.pi / 4 if name == "box" else -math.pi / 2
@@ -301,7 +301,7 @@ def _paint(
     ys, xs = np.nonzero(mask)
     direction = rng.uniform(0, math.pi)
     across = xs * math.cos(direction) + ys * math.sin(direction)
-    stripes = rng.uniform(0, 10) * np.sin(across * rng.uniform(0.3, 1.0))
+    stripes = rng.uniform(0, 7) * np.sin(across * rng.uniform(0.3, 1.0))
     image[mask] = _color(rng, name) + stripes[:, None]
     return mask
 

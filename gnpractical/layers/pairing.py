@@ -41,10 +41,11 @@ def layer_widths(module: nn.Module) -> tuple[int, int] | None:
     ``torch.nn`` convolutions. ``kernel_size`` tells a convolution from a block that merely
     records its widths, such as Detectron2's ``CNNBlockBase``.
     """
-    kind = "features" if hasattr(module, "in_features") else "channels"
-    if kind == "channels" and not hasattr(module, "kernel_size"):
+    own = vars(module)  # not getattr: wrappers answer for what they wrap
+    kind = "features" if "in_features" in own else "channels"
+    if kind == "channels" and "kernel_size" not in own:
         return None
-    widths = getattr(module, f"in_{kind}", None), getattr(module, f"out_{kind}", None)
+    widths = own.get(f"in_{kind}"), own.get(f"out_{kind}")
     if all(isinstance(w, int) and w > 0 for w in widths):
         return widths  # type: ignore[return-value]
     return None  # a lazy layer's are 0 until its first call

@@ -91,7 +91,7 @@ def test_errors_and_warnings_under_torch_compile():
         net(torch.randn(2, 64, 1, 1))
     with pytest.warns(UserWarning, match="8 groups on an input of shape"):
         torch.compile(Net().eval(), backend="eager")(torch.randn(2, 64, 1, 1))
-    unresolved = torch.compile(nn.ModuleList([PracticalGroupNorm(4)])[0], backend="eager")
+    unresolved = torch.compile(PracticalGroupNorm(4), backend="eager")
     with pytest.raises(RuntimeError, match="GN_PRACTICAL at .*4 channels"):
         unresolved(torch.randn(2, 4, 3, 3))
 
