@@ -11,7 +11,8 @@ DEMO_OUTPUT ?= output/demo
 .PHONY: demo test check lint types setup clean
 
 demo: setup
-	$(BIN)/python tools/train_net.py --config-file configs/quick/pfpn_gnp_shapes.yaml OUTPUT_DIR $(DEMO_OUTPUT)
+	@$(BIN)/python -c "import detectron2" 2>/dev/null || { echo "make demo needs Detectron2, which is not installed"; exit 1; }
+	PYTHONWARNINGS=ignore $(BIN)/python tools/train_net.py --config-file configs/quick/pfpn_gnp_shapes.yaml OUTPUT_DIR $(DEMO_OUTPUT)
 
 test: setup
 	$(BIN)/python -m pytest tests

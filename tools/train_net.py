@@ -18,6 +18,9 @@ from gnpractical.d2.preflight import check_output_dir
 from gnpractical.d2.trainer import Trainer, adapt_to_device
 
 
+HEADLINES = {"bbox": "AP", "segm": "AP", "sem_seg": "mIoU", "panoptic_seg": "PQ"}
+
+
 def read_config(args):
     cfg = load_config(args.config_file, args.opts, allow_unsafe=args.allow_unsafe_config)
     adapt_to_device(cfg)
@@ -31,10 +34,27 @@ def main(args, cfg):
         results = Trainer.evaluate(cfg, resume=args.resume)
         if comm.is_main_process():
             verify_results(cfg, results)
-        return results
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    else:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+        results = trainer.last_results
+    if comm.is_main_process():
+        print_headlines(cfg, results)
+    return results
+
+
+def print_headlines(cfg, results):
+    scores = [
+        f"{task} {key} {results[task][key]:.1f}"
+        for task, key in HEADLINES.items()
+        if key in results.get(task, {})
+    ]
+    if scores:
+        print(
+            f"{', '.join(scores)}. Group counts: {cfg.OUTPUT_DIR}/groups.json. "
+            f"Predictions: {cfg.OUTPUT_DIR}/inference/predictions.png"
+        )
 
 
 def parse_args():

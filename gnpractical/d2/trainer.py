@@ -79,6 +79,11 @@ class Trainer(DefaultTrainer):
                 f"SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS.ENABLED True."
             ) from e
 
+    @property
+    def last_results(self) -> dict:
+        """Results of the last evaluation, {} before the first and on all ranks but 0."""
+        return getattr(self, "_last_eval_results", None) or {}
+
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         model = super().build_model(cfg)

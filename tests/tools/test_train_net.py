@@ -46,7 +46,8 @@ def test_evaluation_resume_and_one_line_about_the_missing_gpu(environment, tmp_p
     done = run(environment, *CONFIG, *TINY, "OUTPUT_DIR", str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("No GPU is available") == 1
-    assert "panoptic_seg" in done.stdout and "predictions.png" in done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert "bbox AP" in last and "panoptic_seg PQ" in last and "predictions.png" in last
     again = run(environment, *CONFIG, "--eval-only", "--resume", *TINY, "OUTPUT_DIR", str(tmp_path))
     assert again.returncode == 0, again.stderr[-2000:]
     assert "model_final.pth" in again.stdout and "panoptic_seg" in again.stdout
