@@ -17,7 +17,6 @@ from gnpractical.d2.launch import check_processes, launch
 from gnpractical.d2.preflight import check_output_dir
 from gnpractical.d2.trainer import Trainer, adapt_to_device
 
-
 HEADLINES = {"bbox": "AP", "segm": "AP", "sem_seg": "mIoU", "panoptic_seg": "PQ"}
 
 
