@@ -3,7 +3,7 @@
 Four thing classes (disc, box, triangle, star) lie over four stuff classes (sky, grass, water,
 sand). Each class has a typical colour from which instances stray so far that the classes overlap:
 a model has to learn shape and texture too, under uneven light and sensor noise. Things overlap
-each other, are 11 to 68 pixels wide, and in some images a swarm of tiny ones is a crowd.
+each other, are 14 to 56 pixels wide, and in some images a swarm of tiny ones is a crowd.
 
     <root>/gnp_shapes/
         annotations/instances_{train,val}.json   polygons of what is visible, RLE for crowds
@@ -105,7 +105,7 @@ def draw_image(split: str, index: int, seed: int = 0) -> tuple[np.ndarray, list[
             owner[_paint(rng, image, name, outline)] = 0
         things.append((name, 1))
     # Small ones lie in front, or too many would be hidden.
-    for radius in sorted(rng.uniform(7, 34, rng.integers(2, 6)), reverse=True):
+    for radius in sorted(rng.uniform(9, 28, rng.integers(2, 6)), reverse=True):
         name = str(rng.choice(THINGS))
         center = rng.uniform([4, 4], [WIDTH - 4, HEIGHT - 4])
         owner[_paint(rng, image, name, _outline(rng, name, center, radius))] = len(things)
