@@ -52,7 +52,8 @@ _COLOR = {
 }
 _COLOR_SPREAD = {"thing": 22, "stuff": 20}  # standard deviation of each channel
 _CATEGORY_ID = {c["name"]: c["id"] for c in CATEGORIES}
-_MIN_VISIBLE = 24  # pixels; what is less visible than this is left unlabelled (void)
+# What is less visible than this is left unlabelled (void): in pixels, and of a thing's own area.
+_MIN_PIXELS, _MIN_SHARE = 24, 0.4
 
 
 def make_shapes(
@@ -95,7 +96,7 @@ def draw_image(split: str, index: int, seed: int = 0) -> tuple[np.ndarray, list[
     rng = np.random.default_rng([seed, int(split == "train"), index])
     image, stuff = _background(rng)
     owner = np.full((HEIGHT, WIDTH), -1)  # index of the topmost thing
-    things: list[tuple[str, int]] = []
+    things: list[tuple[str, int, int]] = []  # name, iscrowd, least number of visible pixels
     if rng.random() < 0.2:
         name = str(rng.choice(THINGS))
         center = rng.uniform([20, 20], [WIDTH - 20, HEIGHT - 20])
@@ -103,13 +104,14 @@ def draw_image(split: str, index: int, seed: int = 0) -> tuple[np.ndarray, list[
             offset = rng.normal(0, 9, size=2)
             outline = _outline(rng, name, center + offset, rng.uniform(2.5, 4))
             owner[_paint(rng, image, name, outline)] = 0
-        things.append((name, 1))
+        things.append((name, 1, _MIN_PIXELS))
     # Small ones lie in front, or too many would be hidden.
     for radius in sorted(rng.uniform(9, 28, rng.integers(2, 6)), reverse=True):
         name = str(rng.choice(THINGS))
         center = rng.uniform([4, 4], [WIDTH - 4, HEIGHT - 4])
-        owner[_paint(rng, image, name, _outline(rng, name, center, radius))] = len(things)
-        things.append((name, 0))
+        mask = _paint(rng, image, name, _outline(rng, name, center, radius))
+        owner[mask] = len(things)
+        things.append((name, 0, max(_MIN_PIXELS, int(_MIN_SHARE * mask.sum()))))
 
     left, right = rng.uniform(0.75, 1.2, 2)
     light = np.linspace(left, right, WIDTH)[None, :, None]
@@ -118,13 +120,14 @@ def draw_image(split: str, index: int, seed: int = 0) -> tuple[np.ndarray, list[
 
     segments = [
         {"name": name, "iscrowd": iscrowd, "mask": owner == i}
-        for i, (name, iscrowd) in enumerate(things)
+        for i, (name, iscrowd, least) in enumerate(things)
+        if (owner == i).sum() >= least
     ]
     segments += [
         {"name": name, "iscrowd": 0, "mask": (stuff == i) & (owner < 0)}
         for i, name in enumerate(STUFF)
     ]
-    return image, [s for s in segments if s["mask"].sum() >= _MIN_VISIBLE]
+    return image, [s for s in segments if s["mask"].sum() >= _MIN_PIXELS]
 
 
 def _make_split(folder: Path, split: str, count: int, seed: int) -> None:
