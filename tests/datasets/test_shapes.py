@@ -32,12 +32,12 @@ def test_deterministic_from_the_seed():
         assert not np.array_equal(image, shapes.draw_image(*other)[0])
 
 
-def test_segments_partition_the_image_but_for_slivers():
+def test_segments_partition_the_image_but_for_what_is_mostly_hidden():
     for i in range(20):
         _, segments = shapes.draw_image("val", i)
         cover = sum(s["mask"].astype(int) for s in segments)
         assert cover.max() == 1
-        assert (cover == 0).mean() < 0.05
+        assert (cover == 0).mean() < 0.1
 
 
 def test_has_every_class_overlaps_and_crowds():
