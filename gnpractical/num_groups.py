@@ -54,6 +54,11 @@ def practical_num_groups(
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}; got {rule!r}")
     ideal = _ideal(in_channels, out_channels, gain_ratio)
+    return _select(ideal, out_channels, rule)
+
+
+@lru_cache(maxsize=4096)  # a deep model asks for the same few widths over and over
+def _select(ideal: Fraction, out_channels: int, rule: str) -> int:
     candidates = divisors(out_channels)
     if rule == "closest":
         return min(candidates, key=lambda d: (abs(d - ideal), -d))
