@@ -51,7 +51,7 @@ _COLOR = {
     "water": (60, 120, 150),
     "sand": (205, 180, 135),
 }
-_COLOR_SPREAD = {"thing": 22, "stuff": 20}  # standard deviation of each channel
+_COLOR_SPREAD = {"thing": 17, "stuff": 17}  # standard deviation of each channel
 _CATEGORY_ID = {c["name"]: c["id"] for c in CATEGORIES}
 # What is less visible than this is left unlabelled (void): in pixels, and of a thing's own area.
 _MIN_PIXELS, _MIN_SHARE = 24, 0.4
@@ -107,7 +107,7 @@ def draw_image(split: str, index: int, seed: int = 0) -> tuple[np.ndarray, list[
             owner[_paint(rng, image, name, outline)] = 0
         things.append((name, 1, _MIN_PIXELS))
     # Small ones lie in front, or too many would be hidden.
-    for radius in sorted(rng.uniform(9, 28, rng.integers(2, 6)), reverse=True):
+    for radius in sorted(rng.uniform(10, 28, rng.integers(2, 6)), reverse=True):
         name = str(rng.choice(THINGS))
         center = rng.uniform([4, 4], [WIDTH - 4, HEIGHT - 4])
         mask = _paint(rng, image, name, _outline(rng, name, center, radius))
