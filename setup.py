@@ -17,10 +17,12 @@ setup(
     install_requires=[
         "torch>=2.4",
         "fvcore>=0.1.5,<0.1.6",
+        "matplotlib",
         "numpy",
         "Pillow",
         # 2.0.9 and 2.0.10 demand an "info" entry that many annotation files lack.
         "pycocotools>=2.0.11",
+        "scipy",
         "tabulate",
         "tqdm",
     ],

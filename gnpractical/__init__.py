@@ -1,5 +1,8 @@
 """Per-layer GroupNorm group counts from the layer's own widths. Imports torch at most."""
 
+from gnpractical.activation_gain import activation_gain
+from gnpractical.analysis.calibration import calibrate
+from gnpractical.analysis.gradient_isometry import measure_gradient_variance
 from gnpractical.analysis.layer_report import format_report, group_report
 from gnpractical.layers import PracticalGroupNorm
 from gnpractical.num_groups import (
@@ -12,9 +15,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PracticalGroupNorm",
+    "activation_gain",
+    "calibrate",
     "format_report",
     "gradient_variance_ratio",
     "group_report",
     "ideal_num_groups",
+    "measure_gradient_variance",
     "practical_num_groups",
 ]

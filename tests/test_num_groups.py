@@ -1,5 +1,6 @@
 import math
 import random
+from decimal import Decimal, getcontext
 from fractions import Fraction
 
 import pytest
@@ -35,6 +36,20 @@ def definition_3(in_channels, out_channels, gain_ratio=Fraction(1)):
         for d in brute_force_divisors(out_channels)
     }
     return max(d for d in k if k[d] == min(k.values()))
+
+
+def exact_law(in_channels, out_channels, gain_ratio=Fraction(1)):
+    """Log distances in 60 digits; the larger of two equal ones."""
+    getcontext().prec = 60
+    best = None
+    for d in brute_force_divisors(out_channels):
+        n_g = out_channels // d
+        if n_g > 3:
+            k = Fraction(out_channels, in_channels) / gain_ratio * Fraction(n_g - 2, n_g - 3)
+            log = abs((Decimal(k.numerator) / Decimal(k.denominator)).ln())
+            if best is None or log <= best[0] + Decimal("1e-50"):
+                best = log, d
+    return best[1] if best else 1
 
 
 @pytest.mark.parametrize(
@@ -141,7 +156,7 @@ def test_widths_of_other_types(bad):
 
 
 def test_unknown_rule_lists_the_valid_ones():
-    with pytest.raises(ValueError, match="'practical', 'closest'; got 'best'"):
+    with pytest.raises(ValueError, match="'practical', 'closest', 'exact'; got 'best'"):
         practical_num_groups(64, 64, "best")
 
 
@@ -154,3 +169,39 @@ def test_gain_ratio_must_be_positive(bad):
 def test_ratio_of_groups_that_do_not_divide():
     with pytest.raises(ValueError, match="48 groups do not divide 256 channels.*1, 2, 4"):
         gradient_variance_ratio(64, 256, 48)
+
+
+@pytest.mark.parametrize(
+    "in_channels, out_channels, expected",
+    [
+        (256, 128, 32),  # r = 2: 4 channels a group, as in the paper
+        (1536, 1024, 128),  # r = 1.5: 4 channels a group give K = 4/3, 8 give 4/5, which is nearer
+        (1024, 256, 64),  # r = 4: never fewer than 4 channels a group
+        (128, 128, 1),
+        (64, 256, 1),
+        (8, 3, 1),  # no divisor leaves 4 channels
+        (8, 7, 1),  # a prime: 7 or 1 channels
+    ],
+)
+def test_exact_rule(in_channels, out_channels, expected):
+    assert practical_num_groups(in_channels, out_channels, rule="exact") == expected
+
+
+def test_exact_rule_against_brute_force():
+    rng = random.Random(5)
+    pairs = [(rng.randint(1, 4096), rng.randint(1, 4096)) for _ in range(150)]
+    pairs += [(out * r, out) for out in (4, 12, 97, 360, 1024) for r in (1, 2, 3, 5)]
+    for in_channels, out_channels in pairs:
+        for gain in (1.0, 0.75):
+            assert practical_num_groups(
+                in_channels, out_channels, rule="exact", gain_ratio=gain
+            ) == exact_law(in_channels, out_channels, Fraction(gain)), (in_channels, out_channels)
+
+
+def test_exact_law():
+    assert gradient_variance_ratio(512, 256, 64, law="exact") == 1.0
+    assert gradient_variance_ratio(512, 256, 32, law="exact") == pytest.approx(0.6)
+    assert gradient_variance_ratio(6, 6, 1, law="exact") == pytest.approx(4 / 3)
+    assert gradient_variance_ratio(6, 6, 2, law="exact") == math.inf
+    with pytest.raises(ValueError, match="law must be one of 'paper', 'exact'; got 'true'"):
+        gradient_variance_ratio(6, 6, 2, law="true")

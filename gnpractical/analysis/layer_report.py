@@ -29,7 +29,7 @@ class LayerGroups:
         in_channels: input width of the weight layer that feeds it; None if none was found, and
             then the four predictions are None too.
         out_channels: its own width.
-        num_groups: G; None for a norm that has none yet.
+        num_groups: G; None for a norm that has none yet (GN_MEASURED before calibration).
         ideal: Eq. (32), before clamping and rounding.
         ratio, ratio_1, ratio_32: K(G), K(1), K(32); the last is None where 32 does not divide.
         frozen: its parameters do not train.
@@ -50,9 +50,11 @@ class LayerGroups:
 
     @property
     def flags(self) -> str:
-        """What is worth noticing: ``G=1``, ``G=C``, ``frozen``, ``WS``, ``unresolved``."""
+        """What is worth noticing: ``G=1``, ``G=C``, ``frozen``, ``WS``; no count yet:
+        ``unresolved`` (no weight layer is known) or ``uncalibrated`` (GN_MEASURED)."""
         marks = {
-            "unresolved": self.num_groups is None,
+            "unresolved": self.num_groups is None and self.in_channels is None,
+            "uncalibrated": self.num_groups is None and self.in_channels is not None,
             "G=1": self.num_groups == 1,
             "G=C": self.num_groups == self.out_channels,
             "frozen": self.frozen,

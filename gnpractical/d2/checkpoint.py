@@ -12,6 +12,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from gnpractical.analysis.calibration import measured_norms
 from gnpractical.analysis.layer_report import group_report
 from gnpractical.d2.array_pickle import load_arrays
 from gnpractical.layers.pairing import find_pairs
@@ -157,6 +158,7 @@ class GNPCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         record = checkpoint.pop(RECORD_KEY, None)
         if record is not None:
+            self._take_measured(record)
             self._compare(record)
         incompatible = super()._load_model(checkpoint)
         parameters = {name for name, _ in self.model.named_parameters()}
@@ -177,8 +179,18 @@ class GNPCheckpointer(DetectionCheckpointer):
                 )  # fmt: skip
         return incompatible
 
+    def _take_measured(self, record: dict[str, dict[str, Any]]) -> None:
+        """Give the model's GN_MEASURED norms the counts the file was calibrated to."""
+        for name, norm in measured_norms(self.model).items():
+            entry = record.get(name, {})
+            if entry.get("norm") == norm.norm_name and entry["num_groups"]:
+                norm.set_num_groups(entry["num_groups"])
+
     def _compare(self, record: dict[str, dict[str, Any]]) -> None:
         mine = group_record(self.model)
+        for name in mine.keys() & record.keys():
+            if mine[name]["norm"] == "GN_MEASURED" and mine[name]["num_groups"] is None:
+                mine[name]["num_groups"] = record[name]["num_groups"]  # any: yet to be calibrated
         # A file may cover a part of the model only, for example a backbone.
         differing = [n for n in mine if n in record and _settings(mine[n]) != _settings(record[n])]
         if not differing or self._mismatch == "ignore":

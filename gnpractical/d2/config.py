@@ -20,7 +20,8 @@ def add_gnp_config(cfg: CfgNode) -> None:
     """Add the ``MODEL.GNP`` keys to ``cfg``."""
     cfg.MODEL.GNP = CfgNode()
     # Norm of the backbones build_gnp_resnet_backbone and build_gnp_resnet_fpn_backbone:
-    # GN_PRACTICAL (Algorithm 1 of arXiv 2302.03193), GN_CLOSEST (its Definition 3) or GN_<k>.
+    # GN_PRACTICAL (Algorithm 1 of arXiv 2302.03193), GN_CLOSEST (its Definition 3), GN_EXACT (the
+    # exact law for linear layers), GN_MEASURED (by measuring, before the first step) or GN_<k>.
     # Everywhere else, and with Detectron2's own backbones, norms are chosen by the usual NORM keys.
     cfg.MODEL.GNP.NORM = "GN_PRACTICAL"
     # Paths of modules whose convolutions, where a norm follows, convolve with standardized
@@ -28,6 +29,10 @@ def add_gnp_config(cfg: CfgNode) -> None:
     cfg.MODEL.GNP.WEIGHT_STANDARDIZATION = []
     # When a checkpoint's recorded group counts are not the model's: error, warn or ignore.
     cfg.MODEL.GNP.CHECKPOINT_MISMATCH = "error"
+    # How many of the first batches GN_MEASURED is calibrated on.
+    cfg.MODEL.GNP.CALIBRATION_BATCHES = 2
+    # Measure the gradient's variance across every block each so many iterations; 0 is never.
+    cfg.MODEL.GNP.PROBE_PERIOD = 0
     # Look for annotations that would train wrongly before the first step (COCO formats only).
     cfg.MODEL.GNP.CHECK_ANNOTATIONS = True
 
@@ -88,6 +93,11 @@ def load_config(
         raise ValueError(
             f"MODEL.GNP.CHECKPOINT_MISMATCH must be one of {', '.join(MISMATCH_CHOICES)}; "
             f"got {cfg.MODEL.GNP.CHECKPOINT_MISMATCH!r}"
+        )
+    if cfg.MODEL.GNP.CALIBRATION_BATCHES < 1 or cfg.MODEL.GNP.PROBE_PERIOD < 0:
+        raise ValueError(
+            f"MODEL.GNP.CALIBRATION_BATCHES must be at least 1 and PROBE_PERIOD at least 0; got "
+            f"{cfg.MODEL.GNP.CALIBRATION_BATCHES} and {cfg.MODEL.GNP.PROBE_PERIOD}"
         )
     return cfg
 

@@ -64,6 +64,18 @@ def check_norm_names(cfg: CfgNode, prefix: str = "") -> None:
                 raise ValueError(f"{prefix}{key}: {unknown_norm_message(value)}")
 
 
+def group_norm_keys(cfg: CfgNode, prefix: str = "") -> list[str]:
+    """The keys of ``cfg`` that choose a GroupNorm, Detectron2's or one of ours."""
+    keys = []
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            keys += group_norm_keys(value, f"{prefix}{key}.")
+        elif key == "NORM" and isinstance(value, str):
+            if value == "GN" or group_norm_from_name(value, 1) is not None:
+                keys.append(prefix + key)
+    return keys
+
+
 def unknown_norm_message(norm: str) -> str:
     valid = norm_names() + DETECTRON2_NORM_NAMES
     near = difflib.get_close_matches(norm.upper(), valid, n=1, cutoff=0.5)

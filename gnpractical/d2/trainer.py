@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -16,11 +17,14 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from gnpractical.analysis.calibration import measured_norms
 from gnpractical.analysis.layer_report import format_report, group_report
 from gnpractical.d2.checkpoint import GNPCheckpointer
 from gnpractical.d2.evaluation import build_evaluator
 from gnpractical.d2.preflight import check_datasets, check_disk_space
+from gnpractical.d2.probe import GradientProbe, calibrate_measured
 from gnpractical.layers.pairing import require_resolved
 
 logger = logging.getLogger(__name__)
@@ -29,7 +33,9 @@ logger = logging.getLogger(__name__)
 class Trainer(DefaultTrainer):
     """As ``DefaultTrainer``, but
 
-    * logs the group report and writes it to ``OUTPUT_DIR/groups.json`` before the first step;
+    * calibrates GN_MEASURED norms and logs the group report, which it writes to
+      ``OUTPUT_DIR/groups.json``, before the first step;
+    * measures the gradient's variance each ``MODEL.GNP.PROBE_PERIOD`` iterations;
     * checks data sets, annotations and disk space before the first step;
     * saves and loads with :class:`GNPCheckpointer`;
     * evaluates with the evaluators of ``evaluation.build_evaluator``;
@@ -55,7 +61,6 @@ class Trainer(DefaultTrainer):
             check_disk_space(cfg, model)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        write_group_report(model, cfg.OUTPUT_DIR)
 
         on_gpu = next(model.parameters()).is_cuda
         model = create_ddp_model(
@@ -69,6 +74,27 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
+
+    def train(self) -> Any:
+        model = self._trainer.model
+        model = model.module if isinstance(model, DistributedDataParallel) else model
+        if measured_norms(model):
+            calibrate_measured(model, self.first_batches(self.cfg.MODEL.GNP.CALIBRATION_BATCHES))
+        write_group_report(model, self.cfg.OUTPUT_DIR)
+        if self.cfg.MODEL.GNP.PROBE_PERIOD:
+            probe = GradientProbe(model, self.first_batches(1), self.cfg.MODEL.GNP.PROBE_PERIOD)
+            self.register_hooks([probe])
+            # After the timer, before the writers, which write what other hooks have put.
+            self._hooks.insert(1, self._hooks.pop())
+        return super().train()
+
+    def first_batches(self, count: int) -> list[Any]:
+        """The next ``count`` batches of training, which will still get them."""
+        batches = list(itertools.islice(self._trainer._data_loader_iter, count))
+        self._trainer._data_loader_iter_obj = itertools.chain(
+            batches, self._trainer._data_loader_iter
+        )
+        return batches
 
     def run_step(self) -> None:
         try:

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from gnpractical.num_groups import RULES, check_num_groups, check_width, practical_num_groups
 
-_RULE_NAMES = {f"GN_{rule.upper()}": rule for rule in RULES}
+# Not in RULES: no function of the widths; ``analysis.calibration`` chooses on a model and data.
+MEASURED = "measured"
+_RULES = (*RULES, MEASURED)
+_RULE_NAMES = {f"GN_{rule.upper()}": rule for rule in _RULES}
 
 
 class PracticalGroupNorm(nn.GroupNorm):
@@ -19,14 +22,16 @@ class PracticalGroupNorm(nn.GroupNorm):
 
     Created without ``in_channels`` it is *unresolved* (``num_groups`` is None) until it is
     registered in a module beside the weight layer that feeds it (see ``pairing``), or until
-    :meth:`resolve` is called. Parameters, state_dict keys and results are those of
+    :meth:`resolve` is called. With the rule ``"measured"`` it stays so until ``calibrate`` or a
+    checkpoint's record has set its count. Parameters, state_dict keys and results are those of
     ``nn.GroupNorm`` with the same number of groups.
 
     Attributes:
         in_channels (int | None): input width of the weight layer that feeds this norm.
         num_channels (int): C.
         num_groups (int | None): G, a divisor of C.
-        rule (str | int): a rule of ``num_groups.practical_num_groups``, or a fixed G.
+        rule (str | int): a rule of ``num_groups.practical_num_groups``, ``"measured"``, or a
+            fixed G.
     """
 
     num_groups: int  # None while unresolved; nn.GroupNorm declares int
@@ -45,8 +50,10 @@ class PracticalGroupNorm(nn.GroupNorm):
     ) -> None:
         check_width("num_channels", num_channels)
         if isinstance(rule, str):
-            if rule not in RULES:
-                raise ValueError(f"rule must be one of {RULES} or a number of groups; got {rule!r}")
+            if rule not in _RULES:
+                raise ValueError(
+                    f"rule must be one of {_RULES} or a number of groups; got {rule!r}"
+                )
         else:
             check_width("rule", rule)
         super().__init__(1, num_channels, eps=eps, affine=affine, device=device, dtype=dtype)
@@ -64,7 +71,7 @@ class PracticalGroupNorm(nn.GroupNorm):
         return f"GN_{self.rule.upper()}" if isinstance(self.rule, str) else f"GN_{self.rule}"
 
     def resolve(self, in_channels: int | None, layer: str = "") -> None:
-        """Fix the number of groups.
+        """Fix the number of groups (with the rule ``"measured"``, the input width alone).
 
         Args:
             in_channels: input width of the weight layer that feeds this norm; None is enough
@@ -74,6 +81,9 @@ class PracticalGroupNorm(nn.GroupNorm):
         Raises:
             ValueError: a fixed number of groups does not divide ``num_channels``.
         """
+        if self.rule == MEASURED:
+            self.in_channels = in_channels
+            return
         if isinstance(self.rule, str):
             assert in_channels is not None
             num_groups = practical_num_groups(
@@ -87,6 +97,16 @@ class PracticalGroupNorm(nn.GroupNorm):
                 where = layer or _path_on_stack(self) or "a norm outside any module"
                 raise ValueError(f"{self.norm_name} at {where}: {e}") from None
         self.in_channels = in_channels
+        self.num_groups = num_groups
+
+    def set_num_groups(self, num_groups: int) -> None:
+        """Set the count that was measured for this norm, whose rule is ``"measured"``.
+
+        Raises:
+            TypeError, ValueError: not a divisor of ``num_channels``.
+        """
+        assert self.rule == MEASURED
+        check_num_groups(num_groups, self.num_channels)
         self.num_groups = num_groups
 
     def forward(self, input: Tensor) -> Tensor:
@@ -111,6 +131,13 @@ class PracticalGroupNorm(nn.GroupNorm):
         if not isinstance(self.rule, str):
             return self.resolve(None)
         path = _path_on_stack(self) or "(not inside a module)"
+        if self.rule == MEASURED:
+            raise RuntimeError(
+                f"{self.norm_name} at {path}, {self.num_channels} channels: its number of groups "
+                f"has not been measured. Before the first step call "
+                f"gnpractical.calibrate(model, batches), or load a calibrated model's checkpoint "
+                f"with gnpractical.d2's GNPCheckpointer."
+            )
         raise RuntimeError(
             f"{self.norm_name} at {path}, {self.num_channels} channels: no weight layer was found "
             f"that feeds this norm, so its number of groups is unknown. Register it right after "
@@ -143,7 +170,8 @@ class PracticalGroupNorm(nn.GroupNorm):
 def group_norm_from_name(name: str, num_channels: int) -> PracticalGroupNorm | None:
     """The unresolved norm that a config string names, or None if it names no norm of ours.
 
-    ``GN_PRACTICAL`` and ``GN_CLOSEST`` select a rule, ``GN_<k>`` a fixed number of groups.
+    ``GN_PRACTICAL``, ``GN_CLOSEST``, ``GN_EXACT`` and ``GN_MEASURED`` select a rule, ``GN_<k>`` a
+    fixed number of groups.
     """
     if name in _RULE_NAMES:
         return PracticalGroupNorm(num_channels, rule=_RULE_NAMES[name])

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parameter import is_lazy
 
-from gnpractical.layers.group_norm import PracticalGroupNorm
+from gnpractical.layers.group_norm import MEASURED, PracticalGroupNorm
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,16 @@ def find_pairs(model: nn.Module) -> list[NormPair]:
 
 
 def require_resolved(model: nn.Module) -> None:
-    """Raise ValueError, naming each, if ``model`` has norms without a number of groups."""
+    """Raise ValueError, naming each, if ``model`` has norms without a number of groups.
+
+    Norms yet to be calibrated pass where the layer that feeds them is known.
+    """
     unresolved = [
         f"{p.norm_name} ({p.norm.norm_name}, {p.norm.num_channels} channels)"
         for p in find_pairs(model)
-        if isinstance(p.norm, PracticalGroupNorm) and p.norm.num_groups is None
+        if isinstance(p.norm, PracticalGroupNorm)
+        and p.norm.num_groups is None
+        and not (p.norm.rule == MEASURED and p.norm.in_channels)
     ]
     if unresolved:
         raise ValueError(

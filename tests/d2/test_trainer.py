@@ -6,6 +6,7 @@ import pytest
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
+from detectron2.engine import HookBase
 from torch import nn
 
 from gnpractical.d2.checkpoint import GroupMismatch
@@ -29,10 +30,14 @@ def metrics_of(cfg):
 def test_trains_evaluates_and_leaves_its_files(tiny_cfg, tmp_path, config):
     cfg = tiny_cfg(config=config)
     trainer = make_trainer(cfg)
-    groups = json.loads((tmp_path / "out/groups.json").read_text())  # before the first step
+    first = HookBase()
+    first.before_step = lambda: seen.append((tmp_path / "out/groups.json").read_text())
+    seen: list[str] = []
+    trainer.register_hooks([first])
+    trainer.train()
+    groups = json.loads(seen[0])  # before the first step
     assert {g["norm"] for g in groups} == {"GN_PRACTICAL"} and groups[0]["num_groups"] >= 1
     assert {g["weight_standardized"] for g in groups} == {"_ws" in config}
-    trainer.train()
     for name in ["model_final.pth", "metrics.json", "log.txt", "inference/predictions.png"]:
         assert (tmp_path / "out" / name).stat().st_size > 0
     results = metrics_of(cfg)[-1]

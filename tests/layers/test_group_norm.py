@@ -204,3 +204,19 @@ def test_names():
         assert group_norm_from_name(other, 8) is None
     for name in ["GN_PRACTICAL", "GN_CLOSEST", "GN_16"]:
         assert group_norm_from_name(name, 32).norm_name == name
+
+
+def test_measured_waits_for_its_count():
+    conv = nn.Sequential(nn.Conv2d(8, 12, 1), group_norm_from_name("GN_MEASURED", 12))
+    norm = conv[1]
+    assert norm.norm_name == "GN_MEASURED" and norm.in_channels == 8 and norm.num_groups is None
+    for mode in (True, False):
+        with pytest.raises(RuntimeError, match="GN_MEASURED at 1, 12 channels.*not been measured"):
+            conv.train(mode)(torch.randn(2, 8, 3, 3))
+    with pytest.raises(ValueError, match="5 groups do not divide 12"):
+        norm.set_num_groups(5)
+    norm.set_num_groups(4)
+    x = torch.randn(2, 12, 3, 3)
+    torch.testing.assert_close(norm(x), nn.GroupNorm(4, 12)(x))
+    copied = pickle.loads(pickle.dumps(norm))
+    assert copied.num_groups == 4 and copied.rule == "measured"

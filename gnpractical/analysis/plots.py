@@ -1,0 +1,140 @@
+"""Figures. The only module that imports matplotlib, and without its global state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from gnpractical.analysis.gradient_isometry import BlockGradient
+from gnpractical.analysis.gradient_simulation import Isometry
+from gnpractical.num_groups import gradient_variance_ratio
+
+
+def learning_curves(
+    curves: Mapping[str, Sequence[float] | Mapping[int, float]],
+    path: str | Path,
+    ylabel: str,
+    *,
+    xlabel: str = "epoch",
+    title: str = "",
+    highlight: str | None = None,
+) -> None:
+    """Draw one line a curve, on a log axis, as in the paper's Figure 2.
+
+    Args:
+        curves: label -> one value an epoch, or iteration -> value; a value that is 0 or not finite
+            leaves a gap.
+        path: the picture to write; its ending gives the format.
+        highlight: draw the curves with this word in their label thick and in front.
+
+    Raises:
+        OSError: ``path`` cannot be written.
+    """
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.add_subplot()
+    styles = ("-", "--", "-.", ":")
+    for i, (label, values) in enumerate(curves.items()):
+        bold = highlight is not None and highlight in label
+        points = values if isinstance(values, Mapping) else dict(enumerate(values, start=1))
+        axes.plot(
+            list(points),
+            [value if value > 0 else float("nan") for value in points.values()],
+            label=label,
+            marker="o" if len(points) < 50 else "",
+            markersize=3,
+            color="black" if bold else f"C{i % 10}",
+            linestyle="-" if bold else styles[i // 10 % len(styles)],
+            linewidth=2.5 if bold else 1.2,
+            zorder=3 if bold else 2,
+        )
+    axes.set(yscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def block_gradients(
+    rows: Mapping[str, Sequence[BlockGradient]], path: str | Path, *, title: str = ""
+) -> None:
+    """Draw measured and predicted K of every unit block, one panel a row, and G below.
+
+    A bar is the measured K, from the line K = 1, where the gradient keeps its scale; the marks are
+    what the paper's Eq. (31) and the exact law for linear layers predict for it.
+
+    Args:
+        rows: what a panel is called -> measurements of one model; the same blocks in all.
+        path: the picture to write; its ending gives the format.
+
+    Raises:
+        OSError: ``path`` cannot be written.
+    """
+    names = [block.name for block in next(iter(rows.values()))]
+    width = max(7.0, 2 + 0.2 * len(names))
+    figure = Figure(figsize=(width, 1.7 * len(rows) + 3.5), layout="constrained")
+    *panels, groups = figure.subplots(len(rows) + 1, sharex=True)
+    at = range(len(names))
+    for axes, (label, blocks) in zip(panels, rows.items(), strict=True):
+        measured = [block.ratio or 1.0 for block in blocks]  # no bar where nothing was measured
+        colors = ["C3" if ratio > 1 else "C0" for ratio in measured]
+        axes.bar(at, [ratio - 1 for ratio in measured], bottom=1, color=colors, label="measured")
+        for law, marker in (("paper", "_"), ("exact", "x")):
+            predicted = [_predicted(block, law) for block in blocks]
+            axes.plot(at, predicted, marker, color="black", markersize=5, label=f"{law} law")
+        axes.axhline(1, color="black", linewidth=0.8)
+        logs = [abs(math.log(block.ratio)) for block in blocks if block.ratio]
+        axes.set(yscale="log", ylabel="K")
+        axes.set_title(f"G = {label}: mean |log K| {fmean(logs or [0]):.2f}", loc="left", size=9)
+        axes.grid(True, axis="y", alpha=0.25)
+    panels[0].legend(fontsize="small", ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
+    for i, (label, blocks) in enumerate(rows.items()):
+        counts = [block.num_groups or math.nan for block in blocks]
+        groups.plot(at, counts, "o-", markersize=3, linewidth=0.8, color=f"C{i}", label=f"{label}")
+    groups.set(ylabel="G", xticks=list(at))
+    groups.set_yscale("log", base=2)
+    groups.set_xticklabels([name.removesuffix(".norm") for name in names], rotation=90, size=6)
+    groups.legend(fontsize="x-small", ncols=len(rows), loc="lower right", bbox_to_anchor=(1, 1))
+    groups.grid(True, axis="y", alpha=0.25)
+    figure.suptitle(title, size=10)
+    figure.savefig(path, dpi=130)
+
+
+def isometry_curve(rows: Sequence[Isometry], path: str | Path) -> None:
+    """Draw measured B over channels per group, beside the paper's law and the exact one.
+
+    Raises:
+        OSError: ``path`` cannot be written.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    shown = sorted((r for r in rows if r.equation == "B"), key=lambda r: r.channels_per_group)
+    n_g = [r.channels_per_group for r in shown]
+    axes.plot(n_g, [r.paper for r in shown], "C1--", label="paper: 1 + 4/n_g, Eq. (22)")
+    axes.plot(n_g, [r.exact for r in shown], "C0-", label="exact: (n_g - 2)/(n_g - 3)")
+    axes.errorbar(
+        n_g,
+        [r.measured for r in shown],
+        [2 * r.standard_error for r in shown],
+        fmt="ko",
+        markersize=4,
+        capsize=3,
+        label="measured, 2 standard errors",
+    )
+    axes.set(xlabel="channels per group, n_g", ylabel="B = Var[y] Var[dL/dy] / Var[dL/dz]")
+    axes.set_xscale("log", base=2)
+    axes.grid(True, alpha=0.25)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def _predicted(block: BlockGradient, law: str) -> float:
+    if block.num_groups is None:
+        return math.nan
+    args = block.in_channels, block.out_channels, block.num_groups
+    ratio = gradient_variance_ratio(*args, law=law)
+    return ratio if math.isfinite(ratio) else math.nan

@@ -1,0 +1,127 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gnpractical import PracticalGroupNorm, calibrate, measure_gradient_variance
+from gnpractical.layers import group_norm_from_name
+from gnpractical.num_groups import divisors, practical_num_groups
+
+
+def block(in_channels, out_channels, name):
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    return nn.Sequential(conv, group_norm_from_name(name, out_channels), nn.ReLU(inplace=True))
+
+
+def net(name, widths=(3, 24, 16, 24, 16)):
+    torch.manual_seed(1)
+    blocks = [block(a, b, name) for a, b in zip(widths, widths[1:], strict=False)]
+    return nn.Sequential(*blocks, nn.Flatten(), nn.LazyLinear(5))
+
+
+def loss(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def batches(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(4, 3, 8, 8, generator=generator), torch.randint(5, (4,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def prepared(name):
+    model = net(name)
+    model[-1].initialize_parameters(torch.empty(4, 16 * 64))
+    return model
+
+
+def test_candidates_equal_a_backward_pass_of_their_own():
+    weights = torch.randn(4, 12, 6, 6)
+    x = torch.randn(4, 20, 6, 6)
+
+    def linear_loss(model, batch):  # the gradient at the output does not depend on G
+        return (model(batch) * weights).sum()
+
+    model = block(20, 12, "GN_MEASURED")
+    (row,) = calibrate(model, [x], linear_loss, max_passes=1)
+    assert list(row.ratios) == list(divisors(12))
+    for num_groups, ratio in row.ratios.items():
+        model[1].set_num_groups(num_groups)
+        (measured,) = measure_gradient_variance(model, [x], linear_loss)
+        assert ratio == pytest.approx(measured.ratio, rel=1e-4)
+    assert row.num_groups == min(row.ratios, key=lambda g: abs(math.log(row.ratios[g])))
+
+
+def test_measured_is_nearer_to_isometry_than_practical_on_fresh_data():
+    def mean_abs_log(model, names):
+        rows = measure_gradient_variance(model, batches(2, seed=9), loss)
+        return sum(abs(math.log(r.ratio)) for r in rows if r.name in names) / len(names)
+
+    model = prepared("GN_MEASURED")
+    rows = calibrate(model, batches(2), loss)
+    reachable = {row.name for row in rows if row.isometric_between}
+    assert reachable
+    assert mean_abs_log(model, reachable) < 0.7 * mean_abs_log(prepared("GN_PRACTICAL"), reachable)
+
+
+def test_the_same_input_gives_the_same_choice():
+    first, second = (calibrate(prepared("GN_MEASURED"), batches(2), loss) for _ in range(2))
+    assert first == second
+
+
+def test_only_measured_norms_change():
+    model = nn.Sequential(*block(8, 6, "GN_MEASURED"), *block(6, 8, "GN_2"))
+    (row,) = calibrate(model, [torch.randn(2, 8, 4, 4)], lambda m, b: m(b).pow(3).sum())
+    assert row.name == "1" and model[1].num_groups == row.num_groups and model[4].num_groups == 2
+
+
+@pytest.mark.parametrize("before", [None, 6])
+def test_a_failure_leaves_the_model_as_it_was(before):
+    model = prepared("GN_MEASURED")
+    for module in model.modules():
+        if before and isinstance(module, PracticalGroupNorm):
+            module.num_groups = before
+    calls = []
+
+    def failing(model, batch):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyError("third")
+        return loss(model, batch)
+
+    with pytest.raises(KeyError):
+        calibrate(model, batches(2), failing)
+    counts = [m.num_groups for m in model.modules() if isinstance(m, PracticalGroupNorm)]
+    assert counts == [before] * 4
+
+
+def test_a_norm_that_no_gradient_reaches_gets_the_practical_count():
+    blocks = {"used": block(8, 6, "GN_MEASURED"), "idle": block(64, 32, "GN_MEASURED")}
+    model = nn.ModuleDict(blocks)
+    rows = calibrate(model, [torch.randn(2, 8, 4, 4)], lambda m, b: m["used"](b).pow(3).sum())
+    assert rows[1].ratios == {} and rows[1].num_groups == practical_num_groups(64, 32) == 8
+    assert model["idle"][1].num_groups == 8
+
+
+def test_single_values_are_no_candidates():
+    model = nn.Sequential(nn.Linear(8, 6), group_norm_from_name("GN_MEASURED", 6), nn.ReLU())
+    (row,) = calibrate(model, [torch.randn(50, 8)], lambda m, b: m(b).pow(3).sum())
+    assert 6 not in row.ratios and {1, 2, 3} == set(row.ratios)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="no norm with the rule 'measured'"):
+        calibrate(net("GN_PRACTICAL"), batches(1), loss)
+    lost = nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4), nn.ModuleList())
+    lost[2].append(group_norm_from_name("GN_MEASURED", 10))
+    with pytest.raises(ValueError, match="10 channels has the rule 'measured' but no known weight"):
+        calibrate(lost, batches(1), loss)
+    with pytest.raises(ValueError, match="no batches"):
+        calibrate(prepared("GN_MEASURED"), [], loss)
+    with pytest.raises(RuntimeError, match=r"GN_MEASURED at 0\.1.*gnpractical\.calibrate"):
+        prepared("GN_MEASURED")(torch.randn(1, 3, 8, 8))

@@ -1,0 +1,94 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+from gnpractical.datasets.shapes import make_shapes
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ["--config-file", "configs/quick/pfpn_gnp_shapes.yaml"]
+TINY = [
+    "MODEL.FPN.OUT_CHANNELS", "32", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
+    "SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.001", "DATALOADER.NUM_WORKERS", "0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    root = tmp_path_factory.mktemp("datasets")
+    make_shapes(root, {"train": 8, "val": 4})
+    return os.environ | {"DETECTRON2_DATASETS": str(root), "PYTHONWARNINGS": "ignore",
+                         "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+
+
+def run(environment, tool, *args):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / tool), *map(str, args)],
+        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300,
+    )  # fmt: skip
+
+
+def test_rows_are_trained_once_and_compared(environment, tmp_path):
+    args = [*CONFIG, "--groups", "32", "measured", "--seeds", "1", "--output", tmp_path, *TINY]
+    first = run(environment, "compare_groups.py", *args, "SOLVER.MAX_ITER", "2")
+    assert first.returncode == 0, first.stderr[-2000:]
+    table = (tmp_path / "table.txt").read_text()
+    assert table in first.stdout
+    assert [line.split()[0] for line in table.splitlines()[2:4]] == ["32", "measured"]
+    assert "bbox/AP: differences beyond the noise" in table
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {"32", "measured"}
+    assert "panoptic_seg/PQ" in results["32"][0]["scores"]
+    assert results["32"][0]["peak_memory_mib"] > 100
+    assert (tmp_path / "learning_curves.png").stat().st_size > 0
+    for row, norm in {"32": "GN_32", "measured": "GN_MEASURED"}.items():
+        groups = json.loads((tmp_path / row / "seed1" / "groups.json").read_text())
+        assert {g["norm"] for g in groups} == {norm}
+
+    # What has finished is not trained again; what was interrupted goes on.
+    weights = tmp_path / "32/seed1/model_final.pth"
+    written = weights.stat().st_mtime_ns
+    (tmp_path / "measured/seed1/result.json").unlink()
+    again = run(environment, "compare_groups.py", *args, "SOLVER.MAX_ITER", "2")
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert weights.stat().st_mtime_ns == written
+    assert "Loading trainer from" in (tmp_path / "measured/seed1/log.txt").read_text()
+
+    other = run(environment, "compare_groups.py", *args, "SOLVER.MAX_ITER", "3")
+    assert other.returncode == 1
+    assert "holds a run with another config" in other.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "tool, args, expected",
+    [
+        ("compare_groups.py", ["--groups", "many", "--output", "{tmp}"], "Unknown norm 'GN_MANY'"),
+        ("compare_groups.py", ["--seeds", "0", "--output", "{tmp}"], "--seeds must be at least 1"),
+        ("compare_groups.py", ["--groups", "48", "--seeds", "1", "--output", "{tmp}", *TINY],
+         "row 48, seed 1 failed"),
+        ("measure_gradients.py", ["--groups", "many", "--output", "{tmp}"], "Unknown norm"),
+        ("measure_gradients.py", ["--groups", "48", "--output", "{tmp}"], "48 groups do not"),
+        ("measure_gradients.py", ["--output", "/dev/null/x"], "/dev/null/x"),
+    ],
+)  # fmt: skip
+def test_bad_input_in_one_line(environment, tmp_path, tool, args, expected):
+    done = run(environment, tool, *CONFIG, *(a.format(tmp=tmp_path / "out") for a in args))
+    assert done.returncode == 1
+    assert expected in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_gradients_are_measured_for_every_row(environment, tmp_path):
+    done = run(environment, "measure_gradients.py", *CONFIG, "--groups", "1", "measured",
+               "--batches", "1", "--output", tmp_path, *TINY)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = (tmp_path / "gradients.csv").read_text().splitlines()
+    layers = sum(line.startswith("1,") for line in lines)
+    assert len(lines) == 1 + 2 * layers and layers > 20
+    assert "Calibrated" in done.stdout and "K = 1 reachable" in done.stdout
+    assert (tmp_path / "gradients.png").stat().st_size > 0

@@ -1,0 +1,165 @@
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("torchvision", reason="torchvision is not installed")
+
+TOOL = Path(__file__).parents[2] / "tools" / "train_classifier.py"
+SMALL = [
+    "--dataset", "caltech101", "--arch", "resnet18", "--image-size", "32", "--epochs", "2",
+    "--seeds", "1", "--batch-size", "8", "--workers", "0", "--lr", "0.01", "--device", "cpu",
+]  # fmt: skip
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def command(*args):
+    return [sys.executable, TOOL, *map(str, args)]
+
+
+def run(*args):
+    return subprocess.run(
+        command(*args), capture_output=True, text=True, timeout=240, env=ENVIRONMENT
+    )  # fmt: skip
+
+
+def error_of(monkeypatch, *args):
+    """The line a run with bad input ends with; in this process, which has torch loaded."""
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, args)])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(TOOL), run_name="__main__")
+    assert isinstance(stop.value.code, str) and stop.value.code.startswith("error: ")
+    assert len(stop.value.code.splitlines()) == 1
+    return stop.value.code
+
+
+def write_images(folder, names, seed):
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for name in names:
+        pixels = rng.integers(0, 256, (40, 50, 3) if seed else (40, 50), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.jpg")
+
+
+@pytest.fixture(scope="module")
+def caltech(tmp_path_factory):
+    """Two categories of ten images, one of them grey as some are, and the background one."""
+    root = tmp_path_factory.mktemp("data")
+    for seed, category in enumerate(("accordion", "anchor", "BACKGROUND_Google")):
+        names = [f"image_{i:04d}" for i in range(1, 11)]
+        write_images(root / "caltech101" / "101_ObjectCategories" / category, names, seed)
+    return root
+
+
+def records(output):
+    return json.loads((output / "results.json").read_text())["records"]
+
+
+def test_rows_reports_and_resumption(caltech, tmp_path, monkeypatch):
+    options = [*SMALL, "--data", caltech, "--output", tmp_path]
+    done = run(*options, "--groups", "practical", 32, 1)
+    assert done.returncode == 0, done.stderr
+    # No layer of ResNet-18 narrows: practical is 1 throughout, and trained once.
+    assert [r["row"] for r in records(tmp_path)] == ["32", "1"]
+    assert "1 *practical" in done.stdout
+    for row, expected in (("practical", 1), ("32", 32)):
+        report = json.loads((tmp_path / f"groups_{row}.json").read_text())
+        assert len(report) == 20 and {r["num_groups"] for r in report} == {expected}
+        widths = {r["name"]: (r["in_channels"], r["out_channels"]) for r in report}
+        assert widths["layer2.0.downsample.1"] == (64, 128)
+    assert "20 GroupNorm layers: G=1 in 20" in done.stdout
+    settings = json.loads((tmp_path / "results.json").read_text())["settings"]
+    assert (settings["train_images"], settings["test_images"], settings["classes"]) == (16, 4, 2)
+    assert not list(tmp_path.glob("checkpoint*")) and not list(tmp_path.glob("*.part"))
+
+    before = records(tmp_path)
+    again = run(*options, "--groups", 1, 32)
+    assert again.returncode == 0 and records(tmp_path) == before
+    other = error_of(monkeypatch, *options, "--groups", 1, "--image-size", 48)
+    assert "image_size = 32, this run has image_size = 48" in other
+    assert records(tmp_path) == before
+
+
+def test_killed_within_a_run_and_resumed(caltech, tmp_path):
+    options = [*SMALL, "--data", caltech, "--groups", 16, "--epochs", 4]
+    whole = run(*options, "--output", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    output = tmp_path / "parts"
+    process = subprocess.Popen(
+        command(*options, "--output", output), env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not (output / "checkpoint_16_0.pth").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert records(output) == []
+    done = run(*options, "--output", output)
+    assert done.returncode == 0, done.stderr
+    (expected,), (actual,) = records(tmp_path / "whole"), records(output)
+    assert actual["train_losses"] == expected["train_losses"]
+    assert actual["test_errors"] == expected["test_errors"]
+
+
+def test_measured_counts_are_measured_once(caltech, tmp_path, monkeypatch):
+    options = [*SMALL, "--data", caltech, "--output", tmp_path, "--epochs", 1]
+    options += ["--image-size", 64, "--groups", "measured"]
+    done = run(*options)
+    assert done.returncode == 0, done.stderr
+    report = (tmp_path / "groups_measured.json").read_text()
+    assert all(r["out_channels"] % r["num_groups"] == 0 for r in json.loads(report))
+    assert run(*options).stdout.count("GN_MEASURED") == 20
+    assert (tmp_path / "groups_measured.json").read_text() == report
+    (tmp_path / "groups_measured.json").write_text('[{"name": "bn1", "num_groups": 5}]')
+    assert "5 groups do not divide 64" in error_of(monkeypatch, *options)
+
+
+def test_pets_in_torchvision_layout(tmp_path):
+    folder = tmp_path / "oxford-iiit-pet"
+    names = [f"Beagle_{i}" for i in range(8)] + [f"Sphynx_{i}" for i in range(8)]
+    write_images(folder / "images", names, 1)
+    (folder / "annotations").mkdir()
+    lines = [f"{n} {1 + n.startswith('S')} 1 1\n" for n in names]
+    (folder / "annotations" / "trainval.txt").write_text("".join(lines[::2]))
+    (folder / "annotations" / "test.txt").write_text("".join(lines[1::2]))
+    done = run(
+        *SMALL, "--dataset", "pets", "--epochs", 1, "--groups", 2, "--data", tmp_path,
+        "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
+    assert (settings["train_images"], settings["test_images"], settings["classes"]) == (8, 8, 2)
+
+
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        (["--groups", "48"], "48 groups do not divide 64 channels"),
+        (["--groups", "pratical"], "--groups takes practical, closest"),
+        (["--data", "/dev/null/x"], "caltech101/101_ObjectCategories"),
+        (["--output", "/dev/null/out"], "/dev/null/out"),
+        (["--groups", "64"], "leave one value per group"),  # 64 channels on 1 x 1 maps
+    ],
+)
+def test_bad_input_in_one_line(caltech, tmp_path, monkeypatch, args, expected):
+    small = [*SMALL, "--image-size", 1] if args == ["--groups", "64"] else SMALL
+    small = [*small, "--data", caltech, "--output", tmp_path]
+    assert expected in error_of(monkeypatch, *small, *args)
+
+
+def test_damaged_checkpoint_in_one_line(caltech, tmp_path):
+    (tmp_path / "checkpoint_16_0.pth").write_bytes(b"nothing")
+    done = run(*SMALL, "--data", caltech, "--groups", 16, "--output", tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "must be a checkpoint of this run" in done.stderr.splitlines()[-1]
