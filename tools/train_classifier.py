@@ -29,17 +29,13 @@ from tqdm import tqdm
 
 import gnpractical
 from gnpractical.analysis.experiments import (
-    Recipe,
     Results,
     check_options,
-    first_line,
-    fit,
     format_summaries,
     norm_name_of,
-    resolve_device,
     summarize,
-    write_atomically,
 )
+from gnpractical.analysis.training import Recipe, first_line, fit, resolve_device, write_atomically
 from gnpractical.layers import group_norm_from_name
 from gnpractical.layers.pairing import require_resolved
 
@@ -151,7 +147,6 @@ def parse_args():
     parser.add_argument("--dataset", choices=list(LAYOUT), default="pets")
     parser.add_argument("--groups", nargs="+", default=ROWS, metavar="ROW", help="numbers, rules")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (3)")
-    parser.add_argument("--pretrained", choices=["none"], default="none", help="from scratch only")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--lr", type=float, default=0.025, help="at the start of the cosine")

@@ -22,17 +22,14 @@ from tqdm import tqdm
 
 import gnpractical
 from gnpractical.analysis.experiments import (
-    Recipe,
     Results,
     check_options,
-    first_line,
-    fit,
     format_summaries,
     norm_name_of,
-    resolve_device,
     summarize,
 )
 from gnpractical.analysis.plots import learning_curves
+from gnpractical.analysis.training import Recipe, first_line, fit, resolve_device
 from gnpractical.layers import group_norm_from_name
 from gnpractical.num_groups import check_num_groups
 

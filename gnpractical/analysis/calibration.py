@@ -19,13 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gnpractical.analysis.gradient_isometry import (
-    BlockCall,
-    Loss,
-    PooledVariance,
-    run_batches,
-    usable,
-)
+from gnpractical.analysis.gradient_isometry import PooledVariance, usable
+from gnpractical.analysis.unit_blocks import BlockCall, Loss, run_batches
 from gnpractical.layers.group_norm import MEASURED, PracticalGroupNorm
 from gnpractical.layers.pairing import find_pairs
 from gnpractical.num_groups import divisors, practical_num_groups

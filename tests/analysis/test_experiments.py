@@ -6,17 +6,13 @@ import torch
 from torch import nn
 
 from gnpractical.analysis.experiments import (
-    History,
-    Recipe,
     Record,
     Results,
     check_options,
-    error_rate,
-    fit,
     format_summaries,
-    resolve_device,
     summarize,
 )
+from gnpractical.analysis.training import History, Recipe, error_rate, fit, resolve_device
 
 RECIPE = Recipe(epochs=4, lr=0.1, momentum=0.9, weight_decay=1e-4)
 
