@@ -68,8 +68,9 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
     categories = {_get(c, "id", "a category") for c in _list_of(data, "categories")}
     unknown = Problem("unknown category", n)
     duplicate = Problem("annotation id used twice", n)
+    bad_size = Problem("mask of another size than its image", n)
     bad_box = Problem("box outside its image, or empty", n, MAX_DROPPED)
-    bad_mask = Problem("empty mask", n, MAX_DROPPED)
+    bad_mask = Problem("empty mask, or outside its image", n, MAX_DROPPED)
     orphan = Problem("image id without image (ignored)", n, tolerated=0.99)
     seen = Counter(_get(a, "id", "an annotation") for a in annotations)
     for a in annotations:
@@ -85,13 +86,18 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
             elif _is_outside(_get(a, "bbox", name), image):
                 bad_box.add(f"{name} {a['bbox']} in {image['width']}x{image['height']}")
             # Without masks, as data of boxes alone are, there is nothing to be empty.
-            if a.get("segmentation") and _is_empty(a["segmentation"]):
+            mask = a.get("segmentation")
+            if image is not None and isinstance(mask, dict) and not _fits(mask, image):
+                size = f"{image['height']}x{image['width']}"
+                bad_size.add(f"{name} {mask['size']} in {size} (height x width)")
+            elif mask and _is_empty(mask, image):
                 bad_mask.add(name)
         except (KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{name} is malformed: {type(e).__name__}: {e}") from e
     names = [_get(i, "file_name", f"image {i['id']}") for i in images.values()]
     missing = _missing_files(names, files, "image")
-    return _found([unknown, duplicate, missing, bad_box, bad_mask, orphan])
+    repeated = [_repeated(data, "images"), _repeated(data, "categories")]
+    return _found([unknown, duplicate, *repeated, missing, bad_size, bad_box, bad_mask, orphan])
 
 
 def check_panoptic(data: Json, files: Iterable[str] | None = None) -> list[Problem]:
@@ -124,7 +130,8 @@ def check_panoptic(data: Json, files: Iterable[str] | None = None) -> list[Probl
         if strange:
             unknown.add(f"{name} (category {min(strange)})")
     missing = _missing_files([a["file_name"] for a in annotations], files, "PNG")
-    return _found([orphan, unknown, duplicate, missing])
+    repeated = [_repeated(data, "images"), _repeated(data, "categories")]
+    return _found([orphan, unknown, duplicate, *repeated, missing])
 
 
 def _get(entry: Any, key: str, name: str) -> Any:
@@ -161,13 +168,34 @@ def _is_outside(box: list[float], image: Json) -> bool:
     )
 
 
-def _is_empty(segmentation: Any) -> bool:
+def _repeated(data: Json, key: str) -> Problem:
+    counts = Counter(entry["id"] for entry in data[key])
+    problem = Problem(f"id used twice in {key!r}", len(data[key]))
+    for id, count in counts.items():
+        if count > 1:
+            problem.add(str(id))
+    return problem
+
+
+def _fits(rle: Json, image: Json) -> bool:
+    return list(rle["size"]) == [image["height"], image["width"]]
+
+
+def _is_empty(segmentation: Any, image: Json | None) -> bool:
     if isinstance(segmentation, dict):
         counts = segmentation["counts"]
         if isinstance(counts, list):  # uncompressed: runs of 0 and 1 in turn
             return sum(counts[1::2]) == 0
         return int(coco_mask.area(segmentation)) == 0
-    return not any(len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation)
+    polygons = [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
+    if image is not None:
+        polygons = [
+            p
+            for p in polygons
+            if min(p[::2]) < image["width"] and max(p[::2]) > 0
+            and min(p[1::2]) < image["height"] and max(p[1::2]) > 0
+        ]  # fmt: skip
+    return not polygons
 
 
 def _found(problems: list[Problem]) -> list[Problem]:

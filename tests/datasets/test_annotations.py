@@ -32,6 +32,9 @@ def test_sound_annotations_have_no_problems():
         ({"bbox": [float("nan"), 1, 2, 2]}, "box outside", "annotation 9"),
         ({"segmentation": [[1.0, 2.0]]}, "empty mask", "annotation 9"),
         ({"segmentation": {"size": [50, 100], "counts": [5000]}}, "empty mask", "annotation 9"),
+        ({"segmentation": [[200.0, 10.0, 230.0, 10.0, 230.0, 30.0]]}, "empty mask", "annotation 9"),
+        ({"segmentation": {"size": [40, 100], "counts": [1000, 3000]}},
+         "mask of another size than its image", "[40, 100] in 50x100 (height x width)"),
     ],
 )
 def test_each_problem_names_its_offender_and_is_refused(change, kind, offender):
@@ -135,3 +138,11 @@ def test_panoptic():
     del segments[0]["area"]
     with pytest.raises(ValueError, match="a segment of a.png has no 'area'"):
         check_panoptic(data)
+
+
+@pytest.mark.parametrize("key", ["images", "categories"])
+def test_repeated_ids_are_refused(key):
+    data = sound()
+    data[key].append(copy.deepcopy(data[key][0]))
+    (problem,) = check_instances(data, ["a.jpg"])
+    assert problem.kind == f"id used twice in {key!r}" and problem.refuse
