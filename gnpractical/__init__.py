@@ -5,6 +5,8 @@ from gnpractical.analysis.calibration import calibrate
 from gnpractical.analysis.gradient_isometry import measure_gradient_variance
 from gnpractical.analysis.layer_report import format_report, group_report
 from gnpractical.layers import PracticalGroupNorm
+from gnpractical.layers.convert import convert
+from gnpractical.layers.weight_standardization import fold_weight_standardization
 from gnpractical.num_groups import (
     gradient_variance_ratio,
     ideal_num_groups,
@@ -17,6 +19,8 @@ __all__ = [
     "PracticalGroupNorm",
     "activation_gain",
     "calibrate",
+    "convert",
+    "fold_weight_standardization",
     "format_report",
     "gradient_variance_ratio",
     "group_report",

@@ -9,7 +9,11 @@ from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
 from gnpractical.layers.pairing import find_pairs
-from gnpractical.layers.weight_standardization import WSConv2d
+from gnpractical.layers.weight_standardization import (
+    STANDARDIZED,
+    WSConv2d,
+    standardize_layer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +33,7 @@ class WSDetectronConv2d(WSConv2d, Conv2d):
         return x
 
 
-_STANDARDIZED: dict[type, type] = {nn.Conv2d: WSConv2d, Conv2d: WSDetectronConv2d}
+STANDARDIZED[Conv2d] = WSDetectronConv2d
 
 
 def apply_weight_standardization(model: nn.Module, prefixes: Sequence[str]) -> list[str]:
@@ -59,9 +63,7 @@ def apply_weight_standardization(model: nn.Module, prefixes: Sequence[str]) -> l
                 f"norm. Module paths start with one of: {known}."
             )
         for name, layer in found:
-            if type(layer) in _STANDARDIZED:
-                layer.__class__ = _STANDARDIZED[type(layer)]
-            if isinstance(layer, WSConv2d):
+            if standardize_layer(layer):
                 done.append(name)
             else:
                 skipped.append(f"{name} ({type(layer).__name__})")

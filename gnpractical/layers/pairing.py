@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parameter import is_lazy
 
@@ -56,8 +56,12 @@ def norm_width(module: nn.Module) -> int | None:
     if isinstance(module, nn.GroupNorm):
         return module.num_channels
     # BatchNorm, SyncBatchNorm, and the frozen ones, which share no base class with them.
+    if not hasattr(module, "running_mean"):
+        return None
     width = getattr(module, "num_features", None)
-    return width if isinstance(width, int) and hasattr(module, "running_mean") else None
+    if width is None and isinstance(module.running_mean, Tensor):  # torchvision's frozen one
+        width = module.running_mean.numel()
+    return width if isinstance(width, int) else None
 
 
 def find_pairs(model: nn.Module) -> list[NormPair]:
@@ -137,6 +141,8 @@ def _has_weights(module: nn.Module) -> bool:
 
 def _resolve_on_registration(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     if not isinstance(child, PracticalGroupNorm) or child.num_groups is not None:
+        return
+    if child.in_channels is not None:  # known already, though not yet calibrated
         return
     # A norm that takes another's place was not registered last.
     before = takewhile(lambda entry: entry[0] != name, parent.named_children())

@@ -42,6 +42,42 @@ class WSConv2d(nn.Conv2d):
         return super()._conv_forward(input, standardize_weight(weight), bias)
 
 
+# The standardized class of each class of convolution; gnpractical.d2 adds Detectron2's.
+STANDARDIZED: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: WSConv2d}
+
+
+def standardize_layer(layer: nn.Module) -> bool:
+    """Make ``layer`` convolve with standardized weights from now on, in place.
+
+    Parameters, hooks and state_dict keys stay as they are: only the class changes.
+
+    Returns:
+        Whether it does; layers that are no 2d convolution, and those with filters of a single
+        value, do not.
+    """
+    if isinstance(layer, nn.Conv2d) and type(layer) in STANDARDIZED and layer.weight[0].numel() > 1:
+        layer.__class__ = STANDARDIZED[type(layer)]  # type: ignore[assignment]
+    return isinstance(layer, WSConv2d)
+
+
+def fold_weight_standardization(model: nn.Module) -> int:
+    """Give every weight standardized convolution its standardized weights for good, in place.
+
+    For inference: the outputs stay the same and nothing is left to compute. The model is no longer
+    to be trained.
+
+    Returns:
+        How many convolutions were folded.
+    """
+    plain = {standardized: cls for cls, standardized in STANDARDIZED.items()}
+    folded = [module for module in model.modules() if isinstance(module, WSConv2d)]
+    for module in folded:
+        with torch.no_grad():
+            module.weight.copy_(standardize_weight(module.weight))
+        module.__class__ = plain[type(module)]  # type: ignore[assignment]
+    return len(folded)
+
+
 class _Standardize(torch.autograd.Function):
     """y = (w - mean) a per filter, with a = 1 / (s + eps), s the unbiased std, n values.
 

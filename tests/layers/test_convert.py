@@ -1,0 +1,294 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gnpractical import (
+    PracticalGroupNorm,
+    calibrate,
+    convert,
+    fold_weight_standardization,
+    group_report,
+    practical_num_groups,
+)
+from gnpractical.layers.weight_standardization import WSConv2d
+
+
+class Functional(nn.Module):
+    """Conv and norm in different modules, a functional conv, a gate, a concatenation."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)])
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.BatchNorm2d(16)])
+        self.gate = nn.Conv2d(8, 8, 1)
+        self.up = nn.ConvTranspose2d(16, 6, 2, stride=2)
+        self.up_norm = nn.GroupNorm(3, 6)
+        self.kernel = nn.Parameter(torch.randn(4, 6, 1, 1))
+        self.last = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        a = F.relu(self.norms[0](self.convs[0](x)))
+        b = self.convs[1](a) + a
+        b = b * self.gate(F.adaptive_avg_pool2d(b, 1)).sigmoid()
+        b = self.norms[1](b)
+        c = self.norms[2](torch.cat([a, b], dim=1))
+        c = self.up_norm(self.up(c))
+        return self.last(F.conv2d(c, self.kernel))
+
+
+def fed_by(conversion):
+    return {norm.name: (norm.in_channels, *norm.layers) for norm in conversion.norms}
+
+
+def test_data_flow_through_functional_code():
+    conversion = convert(Functional(), torch.randn(2, 3, 8, 8))
+    assert fed_by(conversion) == {
+        "norms.0": (3, "convs.0"),
+        "norms.1": (8, "convs.1"),  # not the gate's, not the shortcut's
+        "norms.2": (11, "convs.0", "convs.1"),  # 3 + 8
+        "up_norm": (16, "up"),
+        "last": (6, ""),
+    }
+    assert [n.num_groups for n in conversion.norms] == [
+        practical_num_groups(i, o) for i, o in [(3, 8), (8, 8), (11, 16), (16, 6), (6, 4)]
+    ]
+
+
+def test_a_norm_before_its_conv_belongs_to_the_one_before():
+    class PreActivation(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 16, 3)
+            self.norm1, self.conv1 = nn.BatchNorm2d(16), nn.Conv2d(16, 4, 1)
+            self.norm2, self.conv2 = nn.BatchNorm2d(4), nn.Conv2d(4, 16, 1)
+            self.norm3 = nn.BatchNorm2d(16)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.norm3(x + self.conv2(self.norm2(self.conv1(self.norm1(x).relu())).relu()))
+
+    assert fed_by(convert(PreActivation(), torch.randn(1, 3, 8, 8))) == {
+        "norm1": (3, "stem"), "norm2": (16, "conv1"), "norm3": (4, "conv2")
+    }  # fmt: skip
+
+
+def resnet_layer(norm):
+    if norm.endswith("downsample.1"):
+        return norm[:-1] + "0"
+    return norm.replace("bn", "conv")
+
+
+def densenet_layers(norm):
+    """DenseNet-121's, by hand: norm1 and the transitions see all features so far."""
+    depths = {1: 6, 2: 12, 3: 24, 4: 16}
+    path = norm.split(".")
+    if path[-1] == "norm0":
+        return ("features.conv0",)
+    if path[-1] == "norm2" and len(path) == 4:
+        return (norm.replace("norm2", "conv1"),)
+    if len(path) == 4:  # features.denseblockB.denselayerL.norm1
+        block, count = int(path[1][-1]), int(path[2][len("denselayer"):]) - 1
+    else:  # features.transitionB.norm, features.norm5
+        block = int(path[1][-1]) if path[1].startswith("transition") else 4
+        count = depths[block]
+    first = "features.conv0" if block == 1 else f"features.transition{block - 1}.conv"
+    prefix = f"features.denseblock{block}.denselayer"
+    return (first, *(f"{prefix}{i}.conv2" for i in range(1, count + 1)))
+
+
+def sequential_layer(norm):  # MobileNetV3's Conv2dNormActivation, and the like
+    parent, _, index = norm.rpartition(".")
+    return f"{parent}.{int(index) - 1}"
+
+
+@pytest.mark.parametrize(
+    "name, count, expected",
+    [
+        ("resnet50", 53, lambda n: (resnet_layer(n),)),
+        ("densenet121", 121, densenet_layers),
+        ("mobilenet_v3_large", 46, lambda n: (sequential_layer(n),)),
+    ],
+)
+def test_torchvision_models_against_lists_made_by_hand(name, count, expected):
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.get_model(name, weights=None)
+    conversion = convert(model, torch.randn(1, 3, 64, 64))
+    assert len(conversion.norms) == count
+    for norm in conversion.norms:
+        assert norm.layers == expected(norm.name), norm.name
+        fed = [model.get_submodule(layer) for layer in norm.layers]
+        assert norm.in_channels == sum(layer.in_channels for layer in fed)
+        assert norm.num_channels == sum(layer.out_channels for layer in fed)
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+
+
+def test_resnet50_is_detectron2s():
+    torchvision = pytest.importorskip("torchvision")
+    norms = convert(torchvision.models.resnet50()).norms
+    counts = [n.num_groups for n in norms]
+    assert len(counts) == 53 and counts.count(1) == 38
+    assert sum(n.num_groups == n.num_channels for n in norms) == 12
+
+
+def test_mask_rcnn():
+    detection = pytest.importorskip("torchvision").models.detection
+    model = detection.maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)
+    conversion = convert(model, ([torch.rand(3, 64, 64)],), on_unpaired="keep")
+    layers = {norm.name: norm.layers for norm in conversion.norms}
+    assert not any(norm.left for norm in conversion.norms)
+    assert layers["backbone.fpn.inner_blocks.1.1"] == ("backbone.fpn.inner_blocks.1.0",)
+    assert layers["backbone.fpn.layer_blocks.3.1"] == ("backbone.fpn.layer_blocks.3.0",)
+    assert layers["roi_heads.box_head.2.1"] == ("roi_heads.box_head.2.0",)
+    assert layers["roi_heads.mask_head.0.1"] == ("roi_heads.mask_head.0.0",)
+    body = "backbone.body."
+    for name, fed in layers.items():
+        if name.startswith(body):
+            assert fed == (body + resnet_layer(name.removeprefix(body)),)
+
+
+def test_affine_values_and_training_stay():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Linear(4, 4)).eval()
+    nn.init.normal_(model[1].weight)
+    model[1].bias.requires_grad_(False)
+    weight = model[1].weight.detach().clone()
+    convert(model)
+    assert type(model[1]) is PracticalGroupNorm and not model[1].training
+    torch.testing.assert_close(model[1].weight.detach(), weight)
+    assert model[1].weight.requires_grad and not model[1].bias.requires_grad
+    assert [row.norm for row in group_report(model)] == ["GN_PRACTICAL"]
+
+
+def test_frozen_batch_norms_become_norms_that_do_not_train():
+    ops = pytest.importorskip("torchvision").ops
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), ops.FrozenBatchNorm2d(8))
+    model[1].weight.fill_(2)
+    convert(model)
+    assert not model[1].weight.requires_grad and model[1].weight.eq(2).all()
+
+
+def test_a_copy_leaves_the_model():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.SyncBatchNorm(8))
+    converted = convert(model, inplace=False).model
+    assert type(model[1]) is nn.SyncBatchNorm and type(converted[1]) is PracticalGroupNorm
+
+
+def test_a_norm_shared_by_two_places_stays_shared():
+    norm = nn.BatchNorm2d(8)
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), norm, nn.Conv2d(8, 8, 1), norm)
+    convert(model, torch.randn(1, 8, 4, 4))
+    assert model[1] is model[3] and type(model[1]) is PracticalGroupNorm
+
+
+def test_include_and_exclude():
+    model = nn.Sequential(*[nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)) for _ in range(3)])
+    conversion = convert(model, include=["0.*", "1.*"], exclude=["1.*"])
+    assert [bool(norm.left) for norm in conversion.norms] == [False, True, True]
+    assert "not chosen" in str(conversion) and "1 of 3 norms converted" in str(conversion)
+
+
+def unpaired():
+    return nn.Sequential(nn.BatchNorm2d(6), nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8))
+
+
+@pytest.mark.parametrize("example", [None, torch.randn(2, 6, 4, 4)])
+def test_norms_without_a_layer_follow_the_policy(example):
+    model = unpaired()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"1 norms could not be paired.*0 \(BatchNorm2d, 6 chann"):
+        convert(model, example)
+    assert type(model[2]) is nn.BatchNorm2d and model.state_dict().keys() == before.keys()
+    kept = convert(unpaired(), example, on_unpaired="keep")
+    assert type(kept.model[0]) is nn.BatchNorm2d and kept.norms[0].left
+    fixed = convert(unpaired(), example, on_unpaired=3)
+    assert fixed.model[0].num_groups == 3 and fixed.model[2].num_groups == 1
+    with pytest.raises(ValueError, match="0: 4 groups do not divide 6"):
+        convert(unpaired(), example, on_unpaired=4)
+
+
+def test_calls_after_layers_of_different_widths_are_ambiguous():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.norm = nn.Linear(3, 8), nn.Linear(5, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x, y):
+            return self.norm(self.a(x)) + self.norm(self.b(y))
+
+    with pytest.raises(ValueError, match="different input widths"):
+        convert(Shared(), (torch.randn(2, 3), torch.randn(2, 5)))
+    with pytest.raises(ValueError, match="could not be paired"):
+        convert(Shared())
+
+
+def test_too_few_values_to_a_group_are_avoided_where_they_are_seen():
+    def pooling():
+        return nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(256, 32, 1), nn.BatchNorm2d(32), nn.ReLU()
+        )
+
+    conversion = convert(pooling(), torch.randn(2, 256, 8, 8))
+    assert conversion.norms[0].limited_from == 32 and conversion.norms[0].num_groups == 8
+    assert "limited from G=32" in str(conversion)
+    conversion.model(torch.randn(2, 256, 8, 8)).pow(3).sum().backward()
+    assert conversion.model[1].weight.grad.abs().max() > 1e-6
+    assert convert(pooling()).norms[0].num_groups == 32
+
+
+def test_timm_norms_keep_the_activation_inside_them():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnetv2_50", num_classes=3)
+    conversion = convert(model, torch.randn(1, 3, 64, 64))
+    layers = {norm.name: norm.layers for norm in conversion.norms}
+    assert layers["stages.0.blocks.0.norm1"] == ("stem.conv",)
+    assert layers["stages.0.blocks.0.norm2"] == ("stages.0.blocks.0.conv1",)
+    assert layers["stages.0.blocks.1.norm1"] == ("stages.0.blocks.0.conv3",)
+    assert layers["norm"] == ("stages.3.blocks.2.conv3",)
+    assert isinstance(model.norm.act, nn.ReLU)
+    assert model.norm(torch.randn(1, 2048, 2, 2)).min() == 0
+
+
+def test_measured_and_weight_standardization():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6),
+        nn.ReLU(), nn.Conv2d(6, 4, 1),
+    )  # fmt: skip
+    x = torch.randn(2, 3, 9, 9)
+    convert(model, x, rule="measured", weight_standardization=True)
+    assert [type(m) for m in (model[0], model[3], model[6])] == [WSConv2d, WSConv2d, nn.Conv2d]
+    rows = calibrate(model, [x], lambda m, b: m(b).pow(3).sum())
+    assert [row.num_groups for row in rows] == [model[1].num_groups, model[4].num_groups]
+    before = model(x)
+    assert fold_weight_standardization(model) == 2
+    assert type(model[0]) is nn.Conv2d
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "model, kwargs, message",
+    [
+        (nn.Linear(3, 3), {}, "Linear has no BatchNorm or GroupNorm"),
+        (unpaired(), {"rule": "best"}, "rule must be one of"),
+        (unpaired(), {"on_unpaired": "guess"}, "on_unpaired must be 'error', 'keep'"),
+        (unpaired(), {"on_unpaired": 0}, "on_unpaired must be at least 1"),
+        (unpaired(), {"example_inputs": torch.randn(2, 5, 4, 4)},
+         r"Sequential cannot run on the example inputs \(Tensor, tensors of shape \[\(2, 5, 4"),
+        (unpaired(), {"example_inputs": (1, 2)}, "cannot run on the example inputs"),
+        ("resnet50", {}, "model must be a module that is not scripted, got str"),
+    ],
+)  # fmt: skip
+def test_bad_input(model, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        convert(model, **kwargs)
+    if isinstance(model, nn.Sequential):
+        assert type(model[2]) is nn.BatchNorm2d
+        assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_scripted_models_are_refused():
+    with pytest.warns(FutureWarning):
+        scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    with pytest.raises(ValueError, match="not scripted"):
+        convert(scripted)
