@@ -54,17 +54,9 @@ def run_batches(
     with _unchanged(model):
         for batch in batches:
             none = False
-            with _Recorder(pairs) as recorder:
-                value = _run(model, batch, loss or _default_loss)
-            calls = recorder.calls
-            edges = [edge for call in calls for edge in (call.input, call.output)]
-            if edges:
-                gradients = torch.autograd.grad(
-                    value, edges, retain_graph=True, allow_unused=True
-                )
-                for call, x, out in zip(calls, gradients[::2], gradients[1::2], strict=True):
-                    call.input_grad, call.output_grad = x, out
-            yield [c for c in calls if c.input_grad is not None and c.output_grad is not None]
+            calls = _run(model, batch, loss or _default_loss, pairs)
+            yield calls
+            calls.clear()  # whoever still holds the list: this graph ends before the next one grows
     if none:
         raise ValueError("There are no batches to measure on; at least one is required.")
 
@@ -115,7 +107,9 @@ class _Recorder(TorchFunctionMode):
         self._outputs.clear()
 
     def _enter_layer(self, layer: nn.Module, args: tuple) -> tuple | None:
-        if not args or not torch.is_grad_enabled() or not args[0].is_floating_point():
+        if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+            return None
+        if not torch.is_grad_enabled():
             return None
         # An alias of its own, so that only what flows back through this layer is seen.
         x = args[0].view_as(args[0]) if args[0].requires_grad else _leaf(args[0])
@@ -155,7 +149,20 @@ def _leaf(x: Tensor) -> Tensor:
     return x.detach().requires_grad_()
 
 
-def _run(model: nn.Module, batch: Any, loss: Loss) -> Tensor:
+def _run(model: nn.Module, batch: Any, loss: Loss, pairs: list[NormPair]) -> list[BlockCall]:
+    """The calls of one forward pass that a gradient reached, with the gradients."""
+    with _Recorder(pairs) as recorder:
+        value = _loss_value(model, batch, loss)
+    if not recorder.calls:
+        return []
+    edges = [edge for call in recorder.calls for edge in (call.input, call.output)]
+    gradients = torch.autograd.grad(value, edges, retain_graph=True, allow_unused=True)
+    for call, x, out in zip(recorder.calls, gradients[::2], gradients[1::2], strict=True):
+        call.input_grad, call.output_grad = x, out
+    return [c for c in recorder.calls if c.input_grad is not None and c.output_grad is not None]
+
+
+def _loss_value(model: nn.Module, batch: Any, loss: Loss) -> Tensor:
     try:
         with torch.enable_grad():
             value = loss(model, batch)
