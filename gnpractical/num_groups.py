@@ -148,4 +148,4 @@ def _ideal(in_channels: int, out_channels: int, gain_ratio: float) -> Fraction:
         raise TypeError(f"gain_ratio must be a number, got {gain_ratio!r}")
     if not (math.isfinite(gain_ratio) and gain_ratio > 0):
         raise ValueError(f"gain_ratio must be positive and finite, got {gain_ratio}")
-    return (Fraction(gain_ratio) * int(in_channels) - int(out_channels)) / 4
+    return (Fraction(float(gain_ratio)) * int(in_channels) - int(out_channels)) / 4

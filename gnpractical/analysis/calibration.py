@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,9 @@ from torch import Tensor, nn
 
 from gnpractical.analysis.gradient_isometry import PooledVariance, usable
 from gnpractical.analysis.unit_blocks import BlockCall, Loss, run_batches
-from gnpractical.layers.group_norm import MEASURED, PracticalGroupNorm
+from gnpractical.layers.group_norm import MEASURED, MIN_VALUES, PracticalGroupNorm
 from gnpractical.layers.pairing import find_pairs
-from gnpractical.num_groups import divisors, practical_num_groups
+from gnpractical.num_groups import check_width, divisors, practical_num_groups
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def calibrate(
     batches: Iterable[Any],
     loss: Loss | None = None,
     *,
+    only: Collection[str] | None = None,
     max_passes: int = 4,
     until_stable: bool = True,
 ) -> list[MeasuredGroups]:
@@ -63,6 +65,7 @@ def calibrate(
         model: any model; it runs in training mode.
         batches: a few batches as in training; each is used in every pass.
         loss: ``loss(model, batch)`` gives a scalar; by default as ``measure_gradient_variance``.
+        only: paths of the norms to choose for; None is all.
         max_passes: how often at most all batches are run.
         until_stable: stop when no count changes. Without it every process of a distributed model
             runs equally many passes, as layers that synchronize require.
@@ -71,17 +74,22 @@ def calibrate(
         One row for every measured norm, in registration order.
 
     Raises:
-        ValueError: no such norm; one without a known weight layer; and as
+        TypeError, ValueError: no such norm; one without a known weight layer; and as
             ``measure_gradient_variance``. After any error the model is as it was.
     """
-    norms = measured_norms(model)
+    check_width("max_passes", max_passes)
+    norms = {
+        name: norm for name, norm in measured_norms(model).items() if only is None or name in only
+    }
     if not norms:
         raise ValueError(
             f"{type(model).__name__} has no norm with the rule 'measured' (GN_MEASURED) to "
             f"calibrate."
         )
-    batches = list(batches)
+    if isinstance(batches, Iterable) and not isinstance(batches, Tensor | Mapping | str):
+        batches = list(batches)  # else an error, of the first pass
     before = {norm: norm.num_groups for norm in norms.values()}
+    layers = {norm: _Candidates(norm) for norm in norms.values()}
     try:
         for norm in norms.values():
             if norm.in_channels is None:
@@ -89,25 +97,35 @@ def calibrate(
                     f"a norm of {norm.num_channels} channels has the rule 'measured' but no known "
                     f"weight layer: call resolve(in_channels=...) on it."
                 )
-            norm.num_groups = practical_num_groups(norm.in_channels, norm.num_channels)
-        layers = {norm: _Candidates(norm) for norm in norms.values()}
-        for _ in range(max_passes):
+            norm.num_groups = 1  # the one count that runs on every input
+        for number in range(max_passes):
+            for candidates in layers.values() if number else ():
+                candidates.narrow()
             _evaluate(model, batches, loss, layers)
             changed = False
             for norm, candidates in layers.items():
-                changed |= norm.num_groups != candidates.best()
-                norm.num_groups = candidates.best()
-                candidates.narrow()
+                best = candidates.best()
+                changed |= norm.num_groups != best
+                norm.num_groups = best
             if until_stable and not changed:
                 break
     except BaseException:
         for norm, before_it in before.items():
             norm.num_groups = before_it
         raise
-    return [
+    rows = [
         MeasuredGroups(name, norm.num_groups, layers[norm].ratios(), layers[norm].left_out)
         for name, norm in norms.items()
     ]
+    unmeasured = [row.name for row in rows if not row.ratios]
+    if unmeasured:
+        warnings.warn(
+            f"{len(unmeasured)} norms could not be measured (they did not run, get no weight "
+            f"layer's output, or had no finite, nonzero gradient) and have GN_PRACTICAL's number "
+            f"of groups: {', '.join(unmeasured[:5])}",
+            stacklevel=2,
+        )
+    return rows
 
 
 def measured_norms(model: nn.Module) -> dict[str, PracticalGroupNorm]:
@@ -119,6 +137,23 @@ def measured_norms(model: nn.Module) -> dict[str, PracticalGroupNorm]:
     }
 
 
+@dataclass(frozen=True)
+class _Moments:
+    """Of the elements of one gradient."""
+
+    count: int
+    mean: float
+    variance: float
+
+    @classmethod
+    def of(cls, gradient: Tensor) -> _Moments | None:
+        """None for a gradient that cannot enter a ratio."""
+        if not usable(gradient):
+            return None
+        variance, mean = torch.var_mean(gradient.detach().double(), correction=0)
+        return cls(gradient.numel(), mean.item(), variance.item())
+
+
 class _Candidates:
     """K of the possible numbers of groups of one norm, over its calls."""
 
@@ -126,33 +161,33 @@ class _Candidates:
         self.norm = norm
         self.left_out = 0
         self._earlier: dict[int, float] = {}
-        self._start(divisors(norm.num_channels))
-
-    def _start(self, counts: Iterable[int]) -> None:
-        self._output = PooledVariance()
-        self._inputs = {num_groups: PooledVariance() for num_groups in counts}
+        self._counts: Sequence[int] = divisors(norm.num_channels)
+        # Of every call: at the output, and at the input by number of groups.
+        self._calls: list[tuple[_Moments, dict[int, _Moments]]] = []
 
     def narrow(self) -> None:
         """Begin a pass over the present count and its neighbours only."""
         self._earlier = self.ratios()
         counts = divisors(self.norm.num_channels)
         at = counts.index(self.norm.num_groups)
-        self._start(counts[max(0, at - 1) : at + 2])
+        self._counts = counts[max(0, at - 1) : at + 2]
+        self._calls = []
 
     def add(self, call: BlockCall) -> None:
         assert call.output_grad is not None
         values = call.norm_input[0].numel()
-        gradients = {
-            num_groups: self._input_gradient(call, num_groups)
-            for num_groups in self._inputs
-            if num_groups < values  # else single values: see PracticalGroupNorm
-        }
-        if not all(map(usable, (call.output_grad, *gradients.values()))):
+        output = _Moments.of(call.output_grad)
+        inputs = {}
+        for num_groups in self._counts if output else ():
+            # Fewer values leave no gradient, or one whose variance is infinite.
+            if num_groups == 1 or values // num_groups >= MIN_VALUES:
+                moments = _Moments.of(self._input_gradient(call, num_groups))
+                if moments is not None:
+                    inputs[num_groups] = moments
+        if output is None or not inputs:
             self.left_out += 1
-            return
-        self._output.add(call.output_grad)
-        for num_groups, gradient in gradients.items():
-            self._inputs[num_groups].add(gradient)
+        else:
+            self._calls.append((output, inputs))
 
     def _input_gradient(self, call: BlockCall, num_groups: int) -> Tensor:
         """dL/dx at the weight layer's input, were the norm's count ``num_groups``."""
@@ -166,28 +201,41 @@ class _Candidates:
         return x_grad
 
     def ratios(self) -> dict[int, float]:
-        scale = self._output.value()
-        now = {g: v / scale for g, p in self._inputs.items() if (v := p.value()) and scale}
+        """By number of groups; a count that one of the calls could not run with is none."""
+        now = {}
+        for num_groups in self._counts if self._calls else ():
+            if all(num_groups in inputs for _, inputs in self._calls):
+                pooled = [PooledVariance(), PooledVariance()]
+                for output, inputs in self._calls:
+                    for total, part in zip(pooled, (inputs[num_groups], output), strict=True):
+                        total.add_moments(part.count, part.mean, part.variance)
+                variances = [total.value() for total in pooled]
+                if all(variances):
+                    now[num_groups] = variances[0] / variances[1]  # type: ignore[operator]
         return dict(sorted((self._earlier | now).items()))
+
+    @property
+    def _unmeasured(self) -> int:
+        assert self.norm.in_channels is not None
+        return practical_num_groups(self.norm.in_channels, self.norm.num_channels)
 
     def best(self) -> int:
         # The larger on a tie, as in the other rules.
         return min(
             self.ratios().items(),
             key=lambda item: (abs(math.log(item[1])), -item[0]),
-            default=(self.norm.num_groups, 0),
+            default=(self._unmeasured, 0),
         )[0]
 
 
 def _evaluate(
     model: nn.Module,
-    batches: list[Any],
+    batches: Iterable[Any],
     loss: Loss | None,
     layers: dict[PracticalGroupNorm, _Candidates],
 ) -> None:
     with contextlib.closing(run_batches(model, batches, loss)) as runs:
         for calls in runs:
             for call in calls:
-                norm = call.pair.norm
-                if isinstance(norm, PracticalGroupNorm) and norm in layers:
-                    layers[norm].add(call)
+                if isinstance(call.norm, PracticalGroupNorm) and call.norm in layers:
+                    layers[call.norm].add(call)

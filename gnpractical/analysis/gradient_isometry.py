@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gnpractical.analysis.unit_blocks import BlockCall, Loss, run_batches, unit_blocks
-from gnpractical.layers.pairing import NormPair, layer_widths, norm_width
+from gnpractical.analysis.unit_blocks import BlockCall, Loss, find_norms, run_batches
+from gnpractical.layers.pairing import layer_widths, norm_width
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class BlockGradient:
     """What was measured of one unit block.
 
     Attributes:
-        name: path of the norm; ``layer`` is the path of the weight layer that feeds it.
-        in_channels, out_channels: widths of the weight layer.
+        name: path of the norm.
+        layer: path of the weight layer whose output it got, of several if there were; "" if none.
+        in_channels, out_channels: width of that layer's input (of the first), and of the norm.
         num_groups: G; None for norms without groups.
         activation: the activation that follows the norm directly, such as "relu", or None.
         input_variance, output_variance: of the gradient at the block's two ends, over all
@@ -37,7 +38,7 @@ class BlockGradient:
 
     name: str
     layer: str
-    in_channels: int
+    in_channels: int | None
     out_channels: int
     num_groups: int | None
     activation: str | None
@@ -49,7 +50,7 @@ class BlockGradient:
     @property
     def ratio(self) -> float | None:
         """K, measured."""
-        if self.input_variance is None or self.output_variance is None:
+        if not self.input_variance or not self.output_variance:
             return None
         return self.input_variance / self.output_variance
 
@@ -61,7 +62,8 @@ def measure_gradient_variance(
 
     A block that runs several times (a head shared by feature levels) is measured over all its
     calls. Takes one forward and one backward pass a batch, the latter without weight gradients,
-    and holds the gradients of all blocks at once.
+    and holds the gradients of all blocks at once. Layers inside a reentrant
+    ``torch.utils.checkpoint`` cannot be measured; with ``use_reentrant=False`` they can.
 
     Args:
         model: any model; it runs in training mode.
@@ -70,15 +72,17 @@ def measure_gradient_variance(
             scalar or a dict of scalar losses, as of Detectron2's models.
 
     Raises:
-        ValueError: no unit block, no batches, batch and model on different devices, or a loss
-            that is no finite scalar.
+        TypeError: ``batches`` or ``loss`` is of the wrong kind.
+        ValueError: no norm, no batches, batch and model on different devices, or a loss that is
+            no finite scalar with a gradient.
     """
-    blocks = {pair.norm: _Block(pair) for pair in unit_blocks(model)}
+    names = {module: name for name, module in model.named_modules()}
+    blocks = {norm: _Block(norm) for norm in find_norms(model)}
     with contextlib.closing(run_batches(model, batches, loss)) as runs:
         for calls in runs:
             for call in calls:
-                blocks[call.pair.norm].add(call)
-    return [block.result() for block in blocks.values()]
+                blocks[call.norm].add(call)
+    return [block.result(names) for block in blocks.values()]
 
 
 class PooledVariance:
@@ -88,7 +92,8 @@ class PooledVariance:
         self._count, self._sum, self._squares = 0, 0.0, 0.0
 
     def add(self, values: Tensor) -> None:
-        variance, mean = torch.var_mean(values.detach().float(), correction=0)
+        # In float64: the square of a vanishing gradient is 0 in float32.
+        variance, mean = torch.var_mean(values.detach().double(), correction=0)
         self.add_moments(values.numel(), mean.item(), variance.item())
 
     def add_moments(self, count: int, mean: float, variance: float) -> None:
@@ -107,42 +112,42 @@ def usable(gradient: Tensor) -> bool:
     return bool(torch.isfinite(gradient).all()) and bool((gradient != gradient.flatten()[:1]).any())
 
 
-@dataclass
 class _Block:
-    """Sums up the calls of one unit block."""
+    """Sums up the calls of one norm."""
 
-    pair: NormPair
-    activation: str | None = None
-    left_out: int = 0
-    calls: int = 0
-    input: PooledVariance = field(default_factory=PooledVariance)
-    output: PooledVariance = field(default_factory=PooledVariance)
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm = norm
+        self.layers: list[nn.Module] = []
+        self.activation: str | None = None
+        self.left_out = 0
+        self.calls = 0
+        self.input, self.output = PooledVariance(), PooledVariance()
 
     def add(self, call: BlockCall) -> None:
         assert call.input_grad is not None and call.output_grad is not None
         self.activation = call.activation_name
         self.calls += 1
+        if call.layer not in self.layers:
+            self.layers.append(call.layer)
         if usable(call.input_grad) and usable(call.output_grad):
             self.input.add(call.input_grad)
             self.output.add(call.output_grad)
         else:
             self.left_out += 1
 
-    def result(self) -> BlockGradient:
-        assert self.pair.layer_name is not None and self.pair.layer is not None
-        widths = layer_widths(self.pair.layer)
-        assert widths is not None
+    def result(self, names: dict[nn.Module, str]) -> BlockGradient:
+        widths = layer_widths(self.layers[0]) if self.layers else None
         reason = ""
         if not self.calls:
-            reason = "it did not run, or no gradient reaches it"
+            reason = "it did not run, gets no weight layer's output, or no gradient reaches it"
         elif self.left_out == self.calls:
             reason = "its gradients are not finite or zero throughout"
         return BlockGradient(
-            name=self.pair.norm_name,
-            layer=self.pair.layer_name,
-            in_channels=widths[0],
-            out_channels=norm_width(self.pair.norm) or widths[1],
-            num_groups=getattr(self.pair.norm, "num_groups", None),
+            name=names[self.norm],
+            layer=", ".join(names[layer] for layer in self.layers),
+            in_channels=widths[0] if widths else None,
+            out_channels=norm_width(self.norm) or 0,
+            num_groups=getattr(self.norm, "num_groups", None),
             activation=self.activation,
             input_variance=self.input.value(),
             output_variance=self.output.value(),

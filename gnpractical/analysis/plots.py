@@ -133,7 +133,7 @@ def isometry_curve(rows: Sequence[Isometry], path: str | Path) -> None:
 
 
 def _predicted(block: BlockGradient, law: str) -> float:
-    if block.num_groups is None:
+    if block.num_groups is None or block.in_channels is None:
         return math.nan
     args = block.in_channels, block.out_channels, block.num_groups
     ratio = gradient_variance_ratio(*args, law=law)

@@ -7,8 +7,9 @@ before, and hooks are removed, also after an error.
 from __future__ import annotations
 
 import contextlib
+import random
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from gnpractical.layers.activations import ACTIVATION_FUNCTIONS
-from gnpractical.layers.pairing import NormPair, find_pairs
+from gnpractical.layers.pairing import layer_widths, norm_width
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -30,10 +31,12 @@ class BlockCall:
     ``norm_input`` (N, C, *) is still part of the graph that leads to the edge ``input``.
     """
 
-    pair: NormPair
+    norm: nn.Module
+    layer: nn.Module
     input: GradientEdge
     norm_input: Tensor
     output: GradientEdge
+    norm_output: GradientEdge | None = None
     activation: Callable[[Tensor], Tensor] | None = None
     activation_name: str | None = None
     input_grad: Tensor | None = None
@@ -47,56 +50,67 @@ def run_batches(
 
     Close the generator (``contextlib.closing``): the model is restored when it ends.
     """
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be a list of batches, got {type(batches).__name__}")
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss must be a function of the model and a batch, got {loss!r}")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("gradients cannot be measured inside torch.inference_mode()")
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # its reducer waits for weight gradients, of which there are none
-    pairs = unit_blocks(model)
+    find_norms(model)
     none = True
     with _unchanged(model):
         for batch in batches:
             none = False
-            calls = _run(model, batch, loss or _default_loss, pairs)
+            calls = _run(model, batch, loss or _default_loss)
             yield calls
             calls.clear()  # whoever still holds the list: this graph ends before the next one grows
     if none:
         raise ValueError("There are no batches to measure on; at least one is required.")
 
 
-def unit_blocks(model: nn.Module) -> list[NormPair]:
-    """The norms of ``model`` whose weight layer is known; ValueError if there are none."""
-    pairs = [pair for pair in find_pairs(model) if pair.layer is not None]
-    if not pairs:
-        raise ValueError(
-            f"{type(model).__name__} has no unit block: no norm that follows a conv or linear "
-            f"layer was found in it."
-        )
-    return pairs
+def find_norms(model: nn.Module) -> dict[nn.Module, str]:
+    """The norms of ``model`` and their paths; ValueError if there are none."""
+    norms = {m: name for name, m in model.named_modules() if norm_width(m) is not None}
+    if not norms:
+        raise ValueError(f"{type(model).__name__} has no unit block: there is no norm in it.")
+    return norms
 
 
 class _Recorder(TorchFunctionMode):
     """Notes the calls of unit blocks while it is active.
 
-    Hooks see modules only; the mode also sees activations that are plain functions, as most of
-    Detectron2's and torchvision's are.
+    A norm's call belongs to the weight layer whose output it gets, the very tensor, or which it is
+    a part of (Detectron2's convolutions). Hooks see modules only; the mode also sees activations
+    that are plain functions, as most of Detectron2's and torchvision's are.
     """
 
-    def __init__(self, pairs: list[NormPair]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._pairs = pairs
+        self._model = model
         self._handles: list[Any] = []
-        self._inputs: dict[nn.Module, GradientEdge] = {}
-        # Norm outputs no activation has followed yet: the tensor, its version, its call.
-        self._outputs: dict[int, tuple[Tensor, int, BlockCall]] = {}
-        self._open: dict[nn.Module, tuple[NormPair, GradientEdge, Tensor]] = {}
+        # Weight layers now running, with the edge of their input; and the outputs of those that
+        # have run: the tensor (which keeps its id its own), its layer and that edge.
+        self._running: list[tuple[nn.Module, GradientEdge | None]] = []
+        self._layer_outputs: dict[int, tuple[Tensor, nn.Module, GradientEdge]] = {}
+        # Norm outputs: the tensor, its version and its call.
+        self._norm_outputs: dict[int, tuple[Tensor, int, BlockCall]] = {}
+        self._norm_inputs: dict[nn.Module, tuple[nn.Module, GradientEdge, Tensor]] = {}
         self.calls: list[BlockCall] = []
 
     def __enter__(self) -> _Recorder:
-        for pair in self._pairs:
-            assert pair.layer is not None
-            pre, post = pair.norm.register_forward_pre_hook, pair.norm.register_forward_hook
+        for module in self._model.modules():
+            if norm_width(module) is not None:
+                before: Callable = self._enter_norm
+                after: Callable = self._leave_norm
+            elif layer_widths(module) is not None:
+                before, after = self._enter_layer, self._leave_layer
+            else:
+                continue
             self._handles += [
-                pair.layer.register_forward_pre_hook(self._enter_layer),
-                pre(lambda norm, args, pair=pair: self._enter_norm(pair, args)),
-                post(lambda norm, args, output: self._leave_norm(norm, output)),
+                module.register_forward_pre_hook(before, with_kwargs=True),
+                module.register_forward_hook(after),
             ]
         return super().__enter__()
 
@@ -104,54 +118,90 @@ class _Recorder(TorchFunctionMode):
         super().__exit__(*error)
         for handle in self._handles:
             handle.remove()
-        self._outputs.clear()
+        self._layer_outputs.clear()
+        self._norm_outputs.clear()
 
-    def _enter_layer(self, layer: nn.Module, args: tuple) -> tuple | None:
-        if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
-            return None
-        if not torch.is_grad_enabled():
+    def _enter_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        key, x = _first_tensor(args, kwargs)
+        if x is None or not x.is_floating_point() or not torch.is_grad_enabled():
+            self._running.append((layer, None))
             return None
         # An alias of its own, so that only what flows back through this layer is seen.
-        x = args[0].view_as(args[0]) if args[0].requires_grad else _leaf(args[0])
-        self._inputs[layer] = get_gradient_edge(x)
-        return (x, *args[1:])
+        x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        self._running.append((layer, get_gradient_edge(x)))
+        if isinstance(key, int):
+            return (x, *args[1:]), kwargs
+        return args, kwargs | {key: x}
 
-    def _enter_norm(self, pair: NormPair, args: tuple) -> None:
-        assert pair.layer is not None
-        edge = self._inputs.pop(pair.layer, None)
-        if edge is not None and args and args[0].requires_grad and args[0].numel():
-            self._open[pair.norm] = pair, edge, args[0]
+    def _leave_layer(self, layer: nn.Module, args: tuple, output: Any) -> None:
+        _, edge = self._running.pop()
+        if edge is not None and isinstance(output, Tensor):
+            self._layer_outputs[id(output)] = output, layer, edge
 
-    def _leave_norm(self, norm: nn.Module, output: Tensor) -> None:
-        entered = self._open.pop(norm, None)
+    def _enter_norm(self, norm: nn.Module, args: tuple, kwargs: dict) -> None:
+        _, y = _first_tensor(args, kwargs)
+        if y is None or not y.requires_grad or not y.numel():
+            return
+        if id(y) in self._layer_outputs:
+            _, layer, edge = self._layer_outputs[id(y)]
+            self._norm_inputs[norm] = layer, edge, y
+        elif self._running and norm in self._running[-1][0].children():
+            outer, outer_edge = self._running[-1]
+            if outer_edge is not None:
+                self._norm_inputs[norm] = outer, outer_edge, y
+
+    def _leave_norm(self, norm: nn.Module, args: tuple, output: Tensor) -> None:
+        entered = self._norm_inputs.pop(norm, None)
         if entered is not None:
-            call = BlockCall(*entered, output=get_gradient_edge(output))
-            self._outputs[id(output)] = output, output._version, call
+            call = BlockCall(norm, *entered, output=get_gradient_edge(output))
+            self._norm_outputs[id(output)] = output, output._version, call
             self.calls.append(call)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        # With another version it is another value: a residual was added in place since.
-        entry = self._outputs.get(id(args[0])) if args else None
-        if entry and (func not in ACTIVATION_FUNCTIONS or entry[0]._version != entry[1]):
-            entry = None
+        used = [
+            entry
+            for tensor in (*args, *kwargs.values())
+            if (entry := self._norm_outputs.get(id(tensor))) and tensor._version == entry[1]
+        ]
         result = func(*args, **kwargs)
-        if entry:
-            rest, call = args[1:], entry[2]
+        # Reading a shape is no use; nor is what no gradient comes back from.
+        if used and isinstance(result, Tensor) and result.requires_grad:
+            for entry in used:
+                self._use(func, args, kwargs, result, *entry)
+        return result
+
+    def _use(self, func, args, kwargs, result, tensor, version, call) -> None:
+        """An operation reads a norm's output: its activation, if that is the only one to do so."""
+        first = call.activation is None and call.activation_name is None
+        if first and func in ACTIVATION_FUNCTIONS and args and args[0] is tensor:
+            rest = args[1:]
+            call.norm_output = call.output
             call.output = get_gradient_edge(result)
             call.activation = lambda z: func(z, *rest, **kwargs)
             call.activation_name = ACTIVATION_FUNCTIONS[func]
-            del self._outputs[id(args[0])]
-        return result
+            if result is tensor:  # in place: from here on this tensor is the activation's output
+                del self._norm_outputs[id(tensor)]
+        else:
+            if call.norm_output is not None:
+                call.output = call.norm_output
+            call.activation = call.activation_name = None
+            del self._norm_outputs[id(tensor)]
 
 
-def _leaf(x: Tensor) -> Tensor:
-    return x.detach().requires_grad_()
+def _first_tensor(args: tuple, kwargs: dict) -> tuple[int | str, Tensor | None]:
+    """The first argument, by place or as ``input`` or ``x``, if it is a tensor."""
+    if args:
+        return 0, args[0] if isinstance(args[0], Tensor) else None
+    for key in ("input", "x"):
+        if isinstance(kwargs.get(key), Tensor):
+            return key, kwargs[key]
+    return 0, None
 
 
-def _run(model: nn.Module, batch: Any, loss: Loss, pairs: list[NormPair]) -> list[BlockCall]:
+def _run(model: nn.Module, batch: Any, loss: Loss) -> list[BlockCall]:
     """The calls of one forward pass that a gradient reached, with the gradients."""
-    with _Recorder(pairs) as recorder:
+    with _Recorder(model) as recorder:
         value = _loss_value(model, batch, loss)
     if not recorder.calls:
         return []
@@ -181,6 +231,8 @@ def _loss_value(model: nn.Module, batch: Any, loss: Loss) -> Tensor:
             f"and a batch, such as lambda model, batch: "
             f"F.cross_entropy(model(batch[0]), batch[1])"
         )
+    if not value.requires_grad:
+        raise ValueError("the loss has no gradient: it is detached, constant or under no_grad")
     if not torch.isfinite(value):
         raise ValueError(f"the loss is {value.item()}: there are no gradients to measure")
     return value
@@ -188,24 +240,38 @@ def _loss_value(model: nn.Module, batch: Any, loss: Loss) -> Tensor:
 
 def _default_loss(model: nn.Module, batch: Any) -> Any:
     output = model(batch)
-    return sum(output.values()) if isinstance(output, dict) else output
+    if isinstance(output, dict) and all(isinstance(v, Tensor) for v in output.values()):
+        return sum(output.values())
+    return output
 
 
 @contextlib.contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Training mode inside; modes, buffers and the random state as they were outside."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    """Training mode inside; modes, buffers, plain attributes and random state as before outside."""
+    modules = list(model.modules())
+    attributes = [_plain_attributes(module) for module in modules]
+    buffers = [
+        {name: (b, None if b is None else b.detach().clone()) for name, b in m._buffers.items()}
+        for m in modules
+    ]
     devices = {p.device for p in model.parameters() if p.is_cuda}
+    python_random = random.getstate()
     with torch.random.fork_rng(devices=devices):
         try:
             if not model.training:
                 model.train()
             yield
         finally:
-            for module, mode in modes.items():
-                module.training = mode
-            with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    if name in buffers:
-                        buffer.copy_(buffers[name])
+            random.setstate(python_random)
+            for module, plain, saved in zip(modules, attributes, buffers, strict=True):
+                vars(module).update(plain)
+                for name, (buffer, value) in saved.items():
+                    module._buffers[name] = buffer
+                    if buffer is not None and value is not None:
+                        buffer.data = value.to(buffer.device)
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Running averages and the like that a forward pass may change, as RetinaNet's normalizer."""
+    plain = (bool, int, float, str, type(None))
+    return {name: value for name, value in vars(module).items() if isinstance(value, plain)}

@@ -188,9 +188,6 @@ class GNPCheckpointer(DetectionCheckpointer):
 
     def _compare(self, record: dict[str, dict[str, Any]]) -> None:
         mine = group_record(self.model)
-        for name in mine.keys() & record.keys():
-            if mine[name]["norm"] == "GN_MEASURED" and mine[name]["num_groups"] is None:
-                mine[name]["num_groups"] = record[name]["num_groups"]  # any: yet to be calibrated
         # A file may cover a part of the model only, for example a backbone.
         differing = [n for n in mine if n in record and _settings(mine[n]) != _settings(record[n])]
         if not differing or self._mismatch == "ignore":

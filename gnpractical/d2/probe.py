@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from typing import Any
 
 from detectron2.engine.train_loop import HookBase
@@ -24,12 +25,13 @@ def calibrate_measured(model: nn.Module, batches: list[Any]) -> None:
     Every process measures, on its own batches, since layers may synchronize; all take rank 0's
     choice. Where a norm has a count, nothing is done.
     """
-    norms = measured_norms(model)
-    if all(norm.num_groups is not None for norm in norms.values()):
+    norms = {n: norm for n, norm in measured_norms(model).items() if norm.num_groups is None}
+    if not norms:
         return
     logger.info("Calibrating %d GN_MEASURED norms on %d batches", len(norms), len(batches))
-    with EventStorage():  # the model's own scalars are not training's
-        rows = calibrate(model, batches, until_stable=comm.get_world_size() == 1)
+    # The model's own scalars are not training's.
+    with EventStorage(), warnings.catch_warnings(action="ignore"):
+        rows = calibrate(model, batches, only=norms, until_stable=comm.get_world_size() == 1)
     rows = comm.all_gather(rows)[0]
     for row in rows:
         norms[row.name].set_num_groups(row.num_groups)

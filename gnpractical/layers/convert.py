@@ -16,14 +16,10 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from gnpractical.layers.data_flow import NormCalls, Source, trace_norms
-from gnpractical.layers.group_norm import PracticalGroupNorm
+from gnpractical.layers.group_norm import MIN_VALUES, PracticalGroupNorm
 from gnpractical.layers.pairing import find_pairs, layer_widths, norm_width
 from gnpractical.layers.weight_standardization import standardize_layer
 from gnpractical.num_groups import check_num_groups, check_width, divisors
-
-# With 1 value to a group the output is zero, with 2 the gradient; with 3 its variance is infinite.
-# A conv behind a global pooling gets there: 1x1 maps, and often as many groups as channels.
-MIN_VALUES = 4
 
 
 @dataclass(frozen=True)
@@ -232,6 +228,7 @@ def _replacement(
         new.resolve(None)
     if isinstance(rule, str) and new.num_groups and positions:
         fitting = [d for d in divisors(channels) if channels // d * positions >= MIN_VALUES] or [1]
+        # A conv behind a global pooling: 1x1 maps, and often as many groups as channels.
         if new.num_groups > fitting[-1]:
             new, limited_from = make(fitting[-1]), new.num_groups
     if affine:

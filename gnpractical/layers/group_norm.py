@@ -14,6 +14,9 @@ from gnpractical.num_groups import RULES, check_num_groups, check_width, practic
 # Not in RULES: no function of the widths; ``analysis.calibration`` chooses on a model and data.
 MEASURED = "measured"
 _RULES = (*RULES, MEASURED)
+# Fewer values to a group are avoided where the data are seen: with 1 the output is zero, with 2 the
+# gradient, with 3 the gradient's expected variance is infinite.
+MIN_VALUES = 4
 _RULE_NAMES = {f"GN_{rule.upper()}": rule for rule in _RULES}
 
 
@@ -81,6 +84,8 @@ class PracticalGroupNorm(nn.GroupNorm):
         Raises:
             ValueError: a fixed number of groups does not divide ``num_channels``.
         """
+        if in_channels is not None:
+            check_width("in_channels", in_channels)
         if self.rule == MEASURED:
             self.in_channels = in_channels
             return
@@ -103,9 +108,10 @@ class PracticalGroupNorm(nn.GroupNorm):
         """Set the count that was measured for this norm, whose rule is ``"measured"``.
 
         Raises:
-            TypeError, ValueError: not a divisor of ``num_channels``.
+            TypeError, ValueError: another rule, or not a divisor of ``num_channels``.
         """
-        assert self.rule == MEASURED
+        if self.rule != MEASURED:
+            raise ValueError(f"the number of groups of a norm with the rule {self.rule!r} is fixed")
         check_num_groups(num_groups, self.num_channels)
         self.num_groups = num_groups
 

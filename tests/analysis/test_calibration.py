@@ -103,15 +103,34 @@ def test_a_failure_leaves_the_model_as_it_was(before):
 def test_a_norm_that_no_gradient_reaches_gets_the_practical_count():
     blocks = {"used": block(8, 6, "GN_MEASURED"), "idle": block(64, 32, "GN_MEASURED")}
     model = nn.ModuleDict(blocks)
-    rows = calibrate(model, [torch.randn(2, 8, 4, 4)], lambda m, b: m["used"](b).pow(3).sum())
+    with pytest.warns(UserWarning, match="1 norms could not be measured.*idle"):
+        rows = calibrate(model, [torch.randn(2, 8, 4, 4)], lambda m, b: m["used"](b).pow(3).sum())
     assert rows[1].ratios == {} and rows[1].num_groups == practical_num_groups(64, 32) == 8
     assert model["idle"][1].num_groups == 8
 
 
 def test_single_values_are_no_candidates():
-    model = nn.Sequential(nn.Linear(8, 6), group_norm_from_name("GN_MEASURED", 6), nn.ReLU())
-    (row,) = calibrate(model, [torch.randn(50, 8)], lambda m, b: m(b).pow(3).sum())
-    assert 6 not in row.ratios and {1, 2, 3} == set(row.ratios)
+    # Algorithm 1 would take 24 groups, which cannot run.
+    model = nn.Sequential(nn.Linear(512, 24), group_norm_from_name("GN_MEASURED", 24), nn.ReLU())
+    (row,) = calibrate(model, [torch.randn(50, 512)], lambda m, b: m(b).pow(3).sum())
+    assert set(row.ratios) == {1, 2, 3, 4, 6}  # at least 4 values to a group
+
+
+def test_candidates_run_with_every_call_of_a_shared_head():
+    model = block(8, 24, "GN_MEASURED")
+    maps = [torch.randn(2, 8, 6, 6), torch.randn(2, 8, 1, 1)]
+    (row,) = calibrate(model, [maps], lambda m, b: sum(m(x).pow(3).sum() for x in b))
+    assert set(row.ratios) == {1, 2, 3, 4, 6}
+    model(maps[1])
+
+
+def test_only_the_named_norms_are_chosen():
+    model = prepared("GN_MEASURED")
+    first, *others = [m for m in model.modules() if isinstance(m, PracticalGroupNorm)]
+    for norm in others:
+        norm.set_num_groups(8)
+    assert [row.name for row in calibrate(model, batches(1), loss, only=["0.1"])] == ["0.1"]
+    assert first.num_groups and [norm.num_groups for norm in others] == [8, 8, 8]
 
 
 def test_errors():
@@ -123,5 +142,7 @@ def test_errors():
         calibrate(lost, batches(1), loss)
     with pytest.raises(ValueError, match="no batches"):
         calibrate(prepared("GN_MEASURED"), [], loss)
+    with pytest.raises(ValueError, match="max_passes must be at least 1, got 0"):
+        calibrate(prepared("GN_MEASURED"), batches(1), loss, max_passes=0)
     with pytest.raises(RuntimeError, match=r"GN_MEASURED at 0\.1.*gnpractical\.calibrate"):
         prepared("GN_MEASURED")(torch.randn(1, 3, 8, 8))

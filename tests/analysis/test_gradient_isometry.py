@@ -165,10 +165,102 @@ def test_gradients_that_are_not_finite_are_left_out():
     assert both.left_out == 1 and both.ratio == pytest.approx(good.ratio)
 
 
+def ratio_of(forward, *layers):
+    """K of the first norm of a module with that forward."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(layers)
+
+        def forward(self, x):
+            return forward(self.layers, x)
+
+    torch.manual_seed(2)
+    (row, *_) = measure_gradient_variance(
+        Net(), [torch.randn(4, 8, 6, 6)], lambda m, b: m(b).pow(3).sum()
+    )
+    return row
+
+
+def conv_and_norm():
+    torch.manual_seed(3)
+    return nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8)
+
+
+def test_an_activation_counts_only_if_nothing_else_reads_the_norm():
+    plain = ratio_of(lambda m, x: m[1](m[0](x)) * 1.0, *conv_and_norm())
+    assert plain.activation is None
+    swish = ratio_of(lambda m, x: (z := m[1](m[0](x))) * torch.sigmoid(z), *conv_and_norm())
+    before = ratio_of(lambda m, x: (z := m[1](m[0](x))) * 1.0 + F.relu(z), *conv_and_norm())
+    for row in (swish, before):
+        assert row.activation is None and row.ratio is not None
+    silu = ratio_of(lambda m, x: F.silu(m[1](m[0](x))), *conv_and_norm())
+    assert silu.activation == "silu" and silu.ratio != pytest.approx(swish.ratio)
+
+
+def test_the_layer_is_the_one_whose_output_the_norm_got():
+    """Registered conv, conv, norm, norm: by structure each norm would follow the second conv."""
+    (conv1, norm1), (conv2, norm2) = conv_and_norm(), conv_and_norm()
+
+    def forward(m, x):
+        return m[3](m[1](F.relu(m[2](m[0](x)))))
+
+    mixed = ratio_of(forward, conv1, conv2, norm1, norm2)
+    ordered = ratio_of(lambda m, x: m[3](m[2](F.relu(m[1](m[0](x))))), conv1, norm1, conv2, norm2)
+    assert mixed.layer == "layers.0"
+    assert mixed.ratio == pytest.approx(ordered.ratio, rel=1e-5)
+
+
+def test_all_calls_of_the_layer_before_all_calls_of_the_norm():
+    def forward(m, x):
+        ys = [m[0](part) for part in x.split(2)]
+        return torch.cat([F.relu(m[1](y)) for y in ys])
+
+    at_once = ratio_of(lambda m, x: F.relu(m[1](m[0](x))), *conv_and_norm())
+    assert ratio_of(forward, *conv_and_norm()).ratio == pytest.approx(at_once.ratio, rel=1e-4)
+
+
+def test_inputs_by_keyword():
+    by_place = ratio_of(lambda m, x: F.relu(m[1](m[0](x))), *conv_and_norm())
+    by_name = ratio_of(lambda m, x: F.relu(m[1](input=m[0](input=x))), *conv_and_norm())
+    assert by_name.ratio == pytest.approx(by_place.ratio)
+
+
+def test_vanishing_gradients_are_measured():
+    model, x = Residual(), torch.randn(2, 3, 8, 8)
+    rows = measure_gradient_variance(model, [x])
+    tiny = measure_gradient_variance(model, [x], lambda m, b: sum(m(b).values()) * 1e-22)
+    for row, small in zip(rows, tiny, strict=True):
+        assert small.ratio == pytest.approx(row.ratio, rel=1e-3)
+
+
+def test_plain_attributes_are_restored():
+    class Average(nn.Sequential):
+        average = 1.0
+
+        def forward(self, x):
+            self.average = 0.9 * self.average + 0.1 * x.mean().item()
+            return super().forward(x)
+
+    model = Average(nn.Linear(3, 4), nn.GroupNorm(2, 4))
+    model.average = 5.0
+    measure_gradient_variance(model, [torch.randn(2, 3)], lambda m, b: m(b).pow(3).sum())
+    assert model.average == 5.0
+
+
+@pytest.mark.parametrize("batches, loss", [(torch.randn(2, 3), None), (3, None), ([1], "mse")])
+def test_arguments_of_the_wrong_kind(batches, loss):
+    with pytest.raises(TypeError, match="must be a"):
+        measure_gradient_variance(Residual(), batches, loss)
+
+
 @pytest.mark.parametrize(
     "model, batches, loss, message",
     [
         (nn.Linear(3, 3), [1], None, "has no unit block"),
+        (nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)), [torch.ones(2, 3)],
+         lambda m, b: m(b).sum().detach(), "the loss has no gradient"),
         (nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)), [], None, "no batches"),
         (nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)), [torch.ones(2, 3)], None,
          r"must be a scalar tensor, got \(2, 4\): pass loss="),

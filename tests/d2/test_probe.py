@@ -11,6 +11,7 @@ from gnpractical.analysis.calibration import measured_norms
 from gnpractical.d2.checkpoint import GNPCheckpointer, GroupMismatch
 from gnpractical.d2.norm import group_norm_keys
 from gnpractical.d2.preflight import check_output_dir
+from gnpractical.d2.probe import calibrate_measured
 from gnpractical.d2.trainer import Trainer
 
 MEASURED = ["MODEL.GNP.NORM", "GN_MEASURED", "MODEL.SEM_SEG_HEAD.NORM", "GN_MEASURED"]
@@ -62,12 +63,25 @@ def test_measured_is_calibrated_once_and_kept(tiny_cfg, monkeypatch):
     assert counts_of(model) == counts_of(trainer.model)
 
 
-def test_weights_of_other_counts_do_not_stop_a_model_yet_to_be_calibrated(tiny_cfg, tmp_path):
+def test_weights_of_other_counts_are_a_mismatch(tiny_cfg, tmp_path):
     check_output_dir(str(tmp_path))
     GNPCheckpointer(Trainer.build_model(tiny_cfg()), str(tmp_path)).save("practical")
     model = Trainer.build_model(tiny_cfg(*MEASURED))
-    GNPCheckpointer(model).load(str(tmp_path / "practical.pth"))
+    with pytest.raises(GroupMismatch, match="G=1 in the file, GN_MEASURED in the model"):
+        GNPCheckpointer(model).load(str(tmp_path / "practical.pth"))
+    GNPCheckpointer(model, mismatch="warn").load(str(tmp_path / "practical.pth"))
     assert set(counts_of(model).values()) == {None}
+
+
+def test_counts_from_a_checkpoint_are_not_measured_again(tiny_cfg):
+    model = Trainer.build_model(tiny_cfg(*MEASURED))
+    norms = measured_norms(model)
+    first = next(iter(norms))
+    norms[first].set_num_groups(norms[first].num_channels)
+    trainer = Trainer(tiny_cfg(*MEASURED))
+    calibrate_measured(model, trainer.first_batches(1))
+    assert norms[first].num_groups == norms[first].num_channels
+    assert all(norm.num_groups for norm in norms.values())
 
 
 def test_measured_counts_are_checked_against_other_rules(tiny_cfg, tmp_path):
