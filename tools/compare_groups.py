@@ -11,25 +11,25 @@ repeated. Writes table.txt, results.json and the learning curves to the output f
 
 import argparse
 import json
-import os
-import re
+import logging
+import signal
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
+from detectron2.modeling import build_model
 from tabulate import tabulate
 from tqdm import tqdm
 
+from gnpractical import group_report
 from gnpractical.analysis.comparison import mean_and_spread, significant_differences
 from gnpractical.analysis.plots import learning_curves
 from gnpractical.d2 import load_config
 from gnpractical.d2.norm import group_norm_keys
+from gnpractical.d2.runs import SCORES, train_once
+from gnpractical.layers.group_norm import group_norm_from_name
+from gnpractical.num_groups import RULES
 
-SCORES = (
-    "panoptic_seg/PQ", "panoptic_seg/PQ_th", "panoptic_seg/PQ_st",
-    "bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP",
-)  # fmt: skip
 JUDGED = ("panoptic_seg/PQ", "bbox/AP")
 
 
@@ -39,7 +39,7 @@ def parse_args():
     )
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--groups", nargs="+", default=["32", "1", "practical"], metavar="ROW",
-                        help="numbers, or practical, closest, exact, measured")  # fmt: skip
+                        help="numbers that divide all widths, or rules")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--num-gpus", type=int, default=1, help="as train_net.py's")
@@ -51,50 +51,21 @@ def run_options(args, row, seed):
     keys = group_norm_keys(load_config(args.config_file, args.opts))
     norms = [word for key in keys for word in (key, f"GN_{row.upper()}")]
     folder = args.output / row / f"seed{seed}"
-    return [*args.opts, *norms, "SEED", str(seed), "OUTPUT_DIR", str(folder)], folder
+    return [*args.opts, *norms, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
 
 
-def train(args, row, seed):
-    """One run's scores, losses, seconds a step and peak memory; from its result.json if it has."""
-    opts, folder = run_options(args, row, seed)
-    cfg = load_config(args.config_file, opts)
-    settings, result = folder / "settings.yaml", folder / "result.json"
-    if settings.exists() and settings.read_text() != cfg.dump():
-        raise ValueError(
-            f"{folder} holds a run with another config (see {settings}): use another --output"
-        )
-    if result.exists():
-        return json.loads(result.read_text())
-    folder.mkdir(parents=True, exist_ok=True)
-    settings.write_text(cfg.dump())
-    script = Path(__file__).with_name("train_net.py")
-    command = [sys.executable, str(script), "--resume", "--num-gpus", str(args.num_gpus),
-               "--config-file", args.config_file, *opts]  # fmt: skip
-    log = folder / "output.txt"
-    with open(log, "a") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        last = log.read_text().strip().splitlines()[-1:] or [""]
-        raise RuntimeError(f"row {row}, seed {seed} failed, see {log}: {last[0][:300]}")
-    measured = read_metrics(folder, cfg.SOLVER.MAX_ITER)
-    # KiB on Linux. On a GPU Detectron2 logs what PyTorch allocated at most.
-    memory = re.findall(r"max_mem: (\d+)M", (folder / "log.txt").read_text())
-    measured["peak_memory_mib"] = int(memory[-1]) if memory else usage.ru_maxrss // 1024
-    part = result.with_suffix(".part")
-    part.write_text(json.dumps(measured, indent=1))
-    part.replace(result)
-    return measured
-
-
-def read_metrics(folder, max_iter):
-    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-    # A run that was interrupted and resumed has written some iterations twice: the later counts.
-    at = {line["iteration"]: line for line in lines if "total_loss" in line}
-    curve = [(i, at[i]["total_loss"]) for i in sorted(at) if i < max_iter]
-    last = {k: v for line in lines for k, v in line.items() if k in SCORES}
-    times = [line["time"] for line in at.values() if "time" in line]
-    return {"scores": last, "losses": curve, "seconds_per_step": statistics.median(times)}
+def check_row(args, row):
+    """Errors before any training: the row's name, and a model that can be built with it."""
+    if group_norm_from_name(f"GN_{row.upper()}", 1) is None:
+        raise ValueError(f"--groups takes numbers, {', '.join(RULES)} and measured; got {row!r}")
+    cfg = load_config(args.config_file, run_options(args, row, 1))
+    cfg.MODEL.DEVICE = "cpu"
+    try:
+        rows = group_report(build_model(cfg))
+    except ValueError as e:
+        raise ValueError(f"row {row}: {e}") from None
+    if not any(r.norm == f"GN_{row.upper()}" for r in rows):
+        raise ValueError(f"{args.config_file}: its model has no GroupNorm that rows could set")
 
 
 def report(runs):
@@ -109,7 +80,10 @@ def report(runs):
     names = [s.split("/")[1] if s.startswith("pan") else s.replace("/", " ") for s in present]
     text = tabulate(table, ["G", "runs", *names, "s/step", "peak MiB"], disable_numparse=True)
     for score in (s for s in JUDGED if s in present):
-        samples = {row: [r["scores"][score] for r in results] for row, results in runs.items()}
+        samples = {
+            row: [r["scores"][score] for r in results if score in r["scores"]]
+            for row, results in runs.items()
+        }
         found = significant_differences(samples)
         text += f"\n{score}: differences beyond the noise (Tukey's range test, 5%): "
         text += "; ".join(f"{d.higher} over {d.lower} by {d.difference:.2f} (p {d.p_value:.3f})"
@@ -119,16 +93,22 @@ def report(runs):
 
 def main():
     args = parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a run does not outlive this
+    logging.getLogger("gnpractical").setLevel(logging.WARNING)
     try:
         if args.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
+        args.groups = list(dict.fromkeys(args.groups))
+        for row in args.groups:
+            check_row(args, row)
         todo = [(row, seed) for seed in range(1, args.seeds + 1) for row in args.groups]
-        for row, seed in todo:  # errors before any training
-            load_config(args.config_file, run_options(args, row, seed)[0])
         runs = {row: [] for row in args.groups}
         for row, seed in (bar := tqdm(todo, unit="run")):
             bar.set_description(f"G {row}, seed {seed}")
-            runs[row].append(train(args, row, seed))
+            opts = run_options(args, row, seed)
+            command = [str(Path(__file__).with_name("train_net.py")), "--resume", "--num-gpus",
+                       str(args.num_gpus), "--config-file", args.config_file, *opts]  # fmt: skip
+            runs[row].append(train_once(command, load_config(args.config_file, opts)))
     except (ValueError, OSError, RuntimeError) as e:
         sys.exit(f"error: {e}")
     text = report(runs)

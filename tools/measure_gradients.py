@@ -32,6 +32,8 @@ from gnpractical.d2.checkpoint import GNPCheckpointer
 from gnpractical.d2.norm import group_norm_keys
 from gnpractical.d2.preflight import check_datasets
 from gnpractical.d2.trainer import adapt_to_device
+from gnpractical.layers.group_norm import group_norm_from_name
+from gnpractical.num_groups import RULES, check_width
 
 ROWS = ["32", "1", "practical", "exact", "measured"]
 
@@ -42,7 +44,7 @@ def parse_args():
     )
     parser.add_argument("--config-file", required=True, metavar="FILE")
     parser.add_argument("--groups", nargs="+", default=ROWS, metavar="ROW",
-                        help="numbers, or practical, closest, exact, measured")  # fmt: skip
+                        help="numbers that divide all widths, or rules")  # fmt: skip
     parser.add_argument("--batches", type=int, default=2, help="to measure, and to calibrate, on")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE ...")
@@ -84,6 +86,8 @@ def measure(args, cfg):
             steps = seconds / step_seconds(model, first)
             print(f"Calibrated {len(chosen)} norms in {seconds:.1f} s, {steps:.1f} training steps")
         rows[row] = [b for b in measure_gradient_variance(model, fresh) if b.num_groups]
+        if not rows[row]:
+            raise ValueError(f"{args.config_file}: its model has no GroupNorm")
     return rows, reachable
 
 
@@ -128,9 +132,10 @@ def main():
         cfg = load_config(args.config_file, args.opts)
         adapt_to_device(cfg)
         for row in args.groups:
-            load_config("", ["MODEL.GNP.NORM", f"GN_{row.upper()}"])
-        if not group_norm_keys(cfg):
-            raise ValueError(f"{args.config_file}: no NORM of this config is a GroupNorm")
+            if group_norm_from_name(f"GN_{row.upper()}", 1) is None:
+                known = f"numbers, {', '.join(RULES)} and measured"
+                raise ValueError(f"--groups takes {known}; got {row!r}")
+        check_width("--batches", args.batches)
         args.output.mkdir(parents=True, exist_ok=True)
         check_datasets(cfg, cfg.DATASETS.TRAIN)
         with EventStorage():
@@ -138,7 +143,7 @@ def main():
         report(rows, reachable)
         write_csv(rows, args.output / "gradients.csv")
         block_gradients(rows, args.output / "gradients.png", title=args.config_file)
-    except (ValueError, OSError) as e:
+    except (ValueError, TypeError, OSError) as e:
         sys.exit(f"error: {e}")
     print(f"Written to {args.output}: gradients.csv, gradients.png")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from math import isfinite
 from statistics import fmean, stdev
 
 
@@ -27,11 +28,16 @@ def significant_differences(
     ``level``; it assumes the same spread in all rows.
 
     Args:
-        samples: row -> its values, one a seed; rows of fewer than two values are left out.
+        samples: row -> its values, one a seed; rows of fewer than two values, or with one that
+            is not finite, are left out.
     """
     from scipy.stats import tukey_hsd  # here, so that importing gnpractical stays light
 
-    samples = {row: values for row, values in samples.items() if len(values) > 1}
+    samples = {
+        row: values
+        for row, values in samples.items()
+        if len(values) > 1 and all(map(isfinite, values))
+    }
     if len(samples) < 2:
         return []
     if all(max(values) == min(values) for values in samples.values()):  # no spread to compare with
@@ -49,8 +55,10 @@ def significant_differences(
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
-    """``mean +- standard deviation`` (n - 1), or the one value there is."""
+    """``mean +- standard deviation`` (n - 1), or the one value there is; ``nan`` if one is not."""
     if not values:
         return "-"
+    if not all(map(isfinite, values)):
+        return "nan"
     mean = f"{fmean(values):.{digits}f}"
     return f"{mean} +- {stdev(values):.{digits}f}" if len(values) > 1 else mean

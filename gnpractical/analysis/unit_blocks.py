@@ -181,12 +181,12 @@ class _Recorder(TorchFunctionMode):
             call.activation = lambda z: func(z, *rest, **kwargs)
             call.activation_name = ACTIVATION_FUNCTIONS[func]
             if result is tensor:  # in place: from here on this tensor is the activation's output
-                del self._norm_outputs[id(tensor)]
+                self._norm_outputs.pop(id(tensor), None)
         else:
             if call.norm_output is not None:
                 call.output = call.norm_output
             call.activation = call.activation_name = None
-            del self._norm_outputs[id(tensor)]
+            self._norm_outputs.pop(id(tensor), None)
 
 
 def _first_tensor(args: tuple, kwargs: dict) -> tuple[int | str, Tensor | None]:

@@ -17,6 +17,7 @@ def test_noise_is_no_difference():
 def test_too_little_to_say():
     assert significant_differences({"a": [1.0], "b": [9.0]}) == []
     assert significant_differences({"a": [1.0, 2.0], "b": [9.0]}) == []
+    assert significant_differences({"a": [1.0, 1.1], "b": [9.0, float("nan")]}) == []
 
 
 def test_no_spread_at_all():
@@ -28,3 +29,4 @@ def test_mean_and_spread():
     assert mean_and_spread([1.0, 2.0, 3.0]) == "2.00 +- 1.00"
     assert mean_and_spread([1.234], 1) == "1.2"
     assert mean_and_spread([]) == "-"
+    assert mean_and_spread([1.0, float("nan")]) == "nan"

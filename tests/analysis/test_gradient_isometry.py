@@ -193,7 +193,8 @@ def test_an_activation_counts_only_if_nothing_else_reads_the_norm():
     assert plain.activation is None
     swish = ratio_of(lambda m, x: (z := m[1](m[0](x))) * torch.sigmoid(z), *conv_and_norm())
     before = ratio_of(lambda m, x: (z := m[1](m[0](x))) * 1.0 + F.relu(z), *conv_and_norm())
-    for row in (swish, before):
+    square = ratio_of(lambda m, x: (z := m[1](m[0](x))) * z, *conv_and_norm())
+    for row in (swish, before, square):
         assert row.activation is None and row.ratio is not None
     silu = ratio_of(lambda m, x: F.silu(m[1](m[0](x))), *conv_and_norm())
     assert silu.activation == "silu" and silu.ratio != pytest.approx(swish.ratio)

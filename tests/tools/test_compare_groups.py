@@ -59,6 +59,12 @@ def test_rows_are_trained_once_and_compared(environment, tmp_path):
     assert weights.stat().st_mtime_ns == written
     assert "Loading trainer from" in (tmp_path / "measured/seed1/log.txt").read_text()
 
+    damaged = tmp_path / "32/seed1/result.json"
+    damaged.write_text("{")
+    third = run(environment, "compare_groups.py", *args, "SOLVER.MAX_ITER", "2")
+    assert third.returncode == 1 and f"{damaged} is damaged" in third.stderr.splitlines()[-1]
+    damaged.unlink()
+
     other = run(environment, "compare_groups.py", *args, "SOLVER.MAX_ITER", "3")
     assert other.returncode == 1
     assert "holds a run with another config" in other.stderr.splitlines()[-1]
@@ -67,11 +73,17 @@ def test_rows_are_trained_once_and_compared(environment, tmp_path):
 @pytest.mark.parametrize(
     "tool, args, expected",
     [
-        ("compare_groups.py", ["--groups", "many", "--output", "{tmp}"], "Unknown norm 'GN_MANY'"),
+        ("compare_groups.py", ["--groups", "many", "--output", "{tmp}"], "--groups takes numbers"),
         ("compare_groups.py", ["--seeds", "0", "--output", "{tmp}"], "--seeds must be at least 1"),
         ("compare_groups.py", ["--groups", "48", "--seeds", "1", "--output", "{tmp}", *TINY],
-         "row 48, seed 1 failed"),
-        ("measure_gradients.py", ["--groups", "many", "--output", "{tmp}"], "Unknown norm"),
+         "row 48: GN_48"),
+        ("compare_groups.py",
+         ["--output", "{tmp}", "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone",
+          "MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.ROI_MASK_HEAD.NORM", "BN",
+          "MODEL.SEM_SEG_HEAD.NORM", "BN", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"],
+         "its model has no GroupNorm"),
+        ("measure_gradients.py", ["--groups", "many", "--output", "{tmp}"], "--groups takes"),
+        ("measure_gradients.py", ["--batches", "0", "--output", "{tmp}"], "--batches must be"),
         ("measure_gradients.py", ["--groups", "48", "--output", "{tmp}"], "48 groups do not"),
         ("measure_gradients.py", ["--output", "/dev/null/x"], "/dev/null/x"),
     ],
