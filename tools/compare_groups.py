@@ -11,7 +11,6 @@ repeated. Writes table.txt, results.json and the learning curves to the output f
 
 import argparse
 import json
-import logging
 import signal
 import statistics
 import sys
@@ -94,7 +93,6 @@ def report(runs):
 def main():
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a run does not outlive this
-    logging.getLogger("gnpractical").setLevel(logging.WARNING)
     try:
         if args.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {args.seeds}")

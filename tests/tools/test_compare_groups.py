@@ -1,5 +1,7 @@
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,8 +77,7 @@ def test_rows_are_trained_once_and_compared(environment, tmp_path):
     [
         ("compare_groups.py", ["--groups", "many", "--output", "{tmp}"], "--groups takes numbers"),
         ("compare_groups.py", ["--seeds", "0", "--output", "{tmp}"], "--seeds must be at least 1"),
-        ("compare_groups.py", ["--groups", "48", "--seeds", "1", "--output", "{tmp}", *TINY],
-         "row 48: GN_48"),
+        ("compare_groups.py", ["--groups", "48", "--output", "{tmp}", *TINY], "row 48: GN_48"),
         ("compare_groups.py",
          ["--output", "{tmp}", "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone",
           "MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.ROI_MASK_HEAD.NORM", "BN",
@@ -84,15 +85,19 @@ def test_rows_are_trained_once_and_compared(environment, tmp_path):
          "its model has no GroupNorm"),
         ("measure_gradients.py", ["--groups", "many", "--output", "{tmp}"], "--groups takes"),
         ("measure_gradients.py", ["--batches", "0", "--output", "{tmp}"], "--batches must be"),
-        ("measure_gradients.py", ["--groups", "48", "--output", "{tmp}"], "48 groups do not"),
         ("measure_gradients.py", ["--output", "/dev/null/x"], "/dev/null/x"),
     ],
 )  # fmt: skip
-def test_bad_input_in_one_line(environment, tmp_path, tool, args, expected):
-    done = run(environment, tool, *CONFIG, *(a.format(tmp=tmp_path / "out") for a in args))
-    assert done.returncode == 1
-    assert expected in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+def test_bad_input_in_one_line(tmp_path, monkeypatch, tool, args, expected):
+    # In this process: a new one spends seconds on imports alone.
+    args = [*CONFIG, *(a.format(tmp=tmp_path / "out") for a in args)]
+    monkeypatch.setattr(sys, "argv", [tool, *args])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+    assert stop.value.code.startswith("error: ") and expected in stop.value.code
+    assert len(stop.value.code.splitlines()) == 1
 
 
 def test_gradients_are_measured_for_every_row(environment, tmp_path):
