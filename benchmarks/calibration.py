@@ -7,7 +7,6 @@ Random images and labels; calibrated on two batches, measured on two others. For
 models there is tools/measure_gradients.py.
 """
 
-import math
 import time
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gnpractical import calibrate, measure_gradient_variance
+from gnpractical.analysis.gradient_isometry import mean_abs_log
 from gnpractical.layers import group_norm_from_name
 
 WIDTHS = [3, *[96, 96, 64, 96] * 5]
@@ -34,10 +34,6 @@ def build(norm):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(WIDTHS[-1], 10))
 
 
-def mean_abs_log(rows, names):
-    return sum(abs(math.log(row.ratio)) for row in rows if row.name in names) / len(names)
-
-
 def main():
     torch.manual_seed(1)
     batches = [(torch.randn(8, 3, 32, 32), torch.randint(10, (8,))) for _ in range(4)]
@@ -53,15 +49,14 @@ def main():
         optimizer.step()
     step = (time.perf_counter() - start) / len(batches)
     print(f"calibration: {seconds:.2f} s, {seconds / step:.1f} training steps of {step:.3f} s")
-    everywhere = {row.name for row in chosen}
     reachable = {row.name for row in chosen if row.isometric_between}
-    print(f"mean |log K| over all {len(everywhere)} layers, over the {len(reachable)} where K = 1 "
+    print(f"mean |log K| over all {len(chosen)} layers, over the {len(reachable)} where K = 1 "
           f"lies within reach")  # fmt: skip
     for norm in ("GN_32", "GN_1", "GN_PRACTICAL", "GN_EXACT", "GN_MEASURED"):
         built = model if norm == "GN_MEASURED" else build(norm)
         rows = measure_gradient_variance(built, batches[2:], loss)
-        means = mean_abs_log(rows, everywhere), mean_abs_log(rows, reachable)
-        print(f"{norm:13} {means[0]:.3f}  {means[1]:.3f}")
+        within = [row for row in rows if row.name in reachable]
+        print(f"{norm:13} {mean_abs_log(rows):.3f}  {mean_abs_log(within):.3f}")
 
 
 if __name__ == "__main__":

@@ -22,12 +22,11 @@ from tqdm import tqdm
 
 from gnpractical import group_report
 from gnpractical.analysis.comparison import mean_and_spread, significant_differences
+from gnpractical.analysis.experiments import check_rows, norm_name_of
 from gnpractical.analysis.plots import learning_curves
 from gnpractical.d2 import load_config
 from gnpractical.d2.norm import group_norm_keys
 from gnpractical.d2.runs import SCORES, train_once
-from gnpractical.layers.group_norm import group_norm_from_name
-from gnpractical.num_groups import RULES
 
 JUDGED = ("panoptic_seg/PQ", "bbox/AP")
 
@@ -48,22 +47,20 @@ def parse_args():
 
 def run_options(args, row, seed):
     keys = group_norm_keys(load_config(args.config_file, args.opts))
-    norms = [word for key in keys for word in (key, f"GN_{row.upper()}")]
+    norms = [word for key in keys for word in (key, norm_name_of(row))]
     folder = args.output / row / f"seed{seed}"
     return [*args.opts, *norms, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
 
 
 def check_row(args, row):
-    """Errors before any training: the row's name, and a model that can be built with it."""
-    if group_norm_from_name(f"GN_{row.upper()}", 1) is None:
-        raise ValueError(f"--groups takes numbers, {', '.join(RULES)} and measured; got {row!r}")
+    """Errors before any training: a model that can be built with the row."""
     cfg = load_config(args.config_file, run_options(args, row, 1))
     cfg.MODEL.DEVICE = "cpu"
     try:
         rows = group_report(build_model(cfg))
     except ValueError as e:
         raise ValueError(f"row {row}: {e}") from None
-    if not any(r.norm == f"GN_{row.upper()}" for r in rows):
+    if not any(r.norm == norm_name_of(row) for r in rows):
         raise ValueError(f"{args.config_file}: its model has no GroupNorm that rows could set")
 
 
@@ -97,6 +94,7 @@ def main():
         if args.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
         args.groups = list(dict.fromkeys(args.groups))
+        check_rows(args.groups)
         for row in args.groups:
             check_row(args, row)
         todo = [(row, seed) for seed in range(1, args.seeds + 1) for row in args.groups]

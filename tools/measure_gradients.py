@@ -13,7 +13,6 @@ first. Writes gradients.csv and gradients.png.
 import argparse
 import csv
 import logging
-import math
 import sys
 import time
 from itertools import islice
@@ -26,14 +25,15 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
 from gnpractical import calibrate, measure_gradient_variance
+from gnpractical.analysis.experiments import check_rows, norm_name_of
+from gnpractical.analysis.gradient_isometry import mean_abs_log
 from gnpractical.analysis.plots import block_gradients
 from gnpractical.d2 import load_config
 from gnpractical.d2.checkpoint import GNPCheckpointer
 from gnpractical.d2.norm import group_norm_keys
 from gnpractical.d2.preflight import check_datasets
 from gnpractical.d2.trainer import adapt_to_device
-from gnpractical.layers.group_norm import group_norm_from_name
-from gnpractical.num_groups import RULES, check_width
+from gnpractical.num_groups import check_width
 
 ROWS = ["32", "1", "practical", "exact", "measured"]
 
@@ -77,7 +77,7 @@ def measure(args, cfg):
     fresh, first = batches[: args.batches], batches[args.batches :]
     rows, reachable = {}, set()
     for row in args.groups:
-        model = build(cfg, f"GN_{row.upper()}")
+        model = build(cfg, norm_name_of(row))
         if row == "measured":
             start = time.perf_counter()
             chosen = calibrate(model, first)
@@ -89,11 +89,6 @@ def measure(args, cfg):
         if not rows[row]:
             raise ValueError(f"{args.config_file}: its model has no GroupNorm")
     return rows, reachable
-
-
-def mean_abs_log(blocks, names=None):
-    ratios = [b.ratio for b in blocks if b.ratio and (names is None or b.name in names)]
-    return sum(abs(math.log(r)) for r in ratios) / len(ratios) if ratios else math.nan
 
 
 def report(rows, reachable):
@@ -108,7 +103,8 @@ def report(rows, reachable):
     print(tabulate(table, ["layer", "in", "out", *titles], disable_numparse=True))
     summary = [["all", len(layers), *map(mean_abs_log, rows.values())]]
     if reachable:
-        means = [mean_abs_log(blocks, reachable) for blocks in rows.values()]
+        within = [[b for b in blocks if b.name in reachable] for blocks in rows.values()]
+        means = map(mean_abs_log, within)
         summary.append(["K = 1 reachable", len(reachable), *means])
     print("\nMean |log K| (0: every block keeps the gradient's scale)")
     print(tabulate(summary, ["blocks", "number", *rows], floatfmt=".3f"))
@@ -131,10 +127,7 @@ def main():
     try:
         cfg = load_config(args.config_file, args.opts)
         adapt_to_device(cfg)
-        for row in args.groups:
-            if group_norm_from_name(f"GN_{row.upper()}", 1) is None:
-                known = f"numbers, {', '.join(RULES)} and measured"
-                raise ValueError(f"--groups takes {known}; got {row!r}")
+        check_rows(args.groups)
         check_width("--batches", args.batches)
         args.output.mkdir(parents=True, exist_ok=True)
         check_datasets(cfg, cfg.DATASETS.TRAIN)

@@ -137,23 +137,6 @@ def measured_norms(model: nn.Module) -> dict[str, PracticalGroupNorm]:
     }
 
 
-@dataclass(frozen=True)
-class _Moments:
-    """Of the elements of one gradient."""
-
-    count: int
-    mean: float
-    variance: float
-
-    @classmethod
-    def of(cls, gradient: Tensor) -> _Moments | None:
-        """None for a gradient that cannot enter a ratio."""
-        if not usable(gradient):
-            return None
-        variance, mean = torch.var_mean(gradient.detach().double(), correction=0)
-        return cls(gradient.numel(), mean.item(), variance.item())
-
-
 class _Candidates:
     """K of the possible numbers of groups of one norm, over its calls."""
 
@@ -163,7 +146,7 @@ class _Candidates:
         self._earlier: dict[int, float] = {}
         self._counts: Sequence[int] = divisors(norm.num_channels)
         # Of every call: at the output, and at the input by number of groups.
-        self._calls: list[tuple[_Moments, dict[int, _Moments]]] = []
+        self._calls: list[tuple[PooledVariance, dict[int, PooledVariance]]] = []
 
     def narrow(self) -> None:
         """Begin a pass over the present count and its neighbours only."""
@@ -176,14 +159,14 @@ class _Candidates:
     def add(self, call: BlockCall) -> None:
         assert call.output_grad is not None
         values = call.norm_input[0].numel()
-        output = _Moments.of(call.output_grad)
+        output = _variance(call.output_grad)
         inputs = {}
         for num_groups in self._counts if output else ():
             # Fewer values leave no gradient, or one whose variance is infinite.
             if num_groups == 1 or values // num_groups >= MIN_VALUES:
-                moments = _Moments.of(self._input_gradient(call, num_groups))
-                if moments is not None:
-                    inputs[num_groups] = moments
+                variance = _variance(self._input_gradient(call, num_groups))
+                if variance is not None:
+                    inputs[num_groups] = variance
         if output is None or not inputs:
             self.left_out += 1
         else:
@@ -207,8 +190,8 @@ class _Candidates:
             if all(num_groups in inputs for _, inputs in self._calls):
                 pooled = [PooledVariance(), PooledVariance()]
                 for output, inputs in self._calls:
-                    for total, part in zip(pooled, (inputs[num_groups], output), strict=True):
-                        total.add_moments(part.count, part.mean, part.variance)
+                    pooled[0].merge(inputs[num_groups])
+                    pooled[1].merge(output)
                 variances = [total.value() for total in pooled]
                 if all(variances):
                     now[num_groups] = variances[0] / variances[1]  # type: ignore[operator]
@@ -226,6 +209,15 @@ class _Candidates:
             key=lambda item: (abs(math.log(item[1])), -item[0]),
             default=(self._unmeasured, 0),
         )[0]
+
+
+def _variance(gradient: Tensor) -> PooledVariance | None:
+    """None for a gradient that cannot enter a ratio."""
+    if not usable(gradient):
+        return None
+    variance = PooledVariance()
+    variance.add(gradient)
+    return variance
 
 
 def _evaluate(

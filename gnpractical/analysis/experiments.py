@@ -107,6 +107,14 @@ def norm_name_of(row: str) -> str:
     return f"GN_{row.upper()}"
 
 
+def check_rows(rows: Sequence[str]) -> None:
+    """Raise ValueError for a row that is no number and no rule."""
+    for row in rows:
+        if group_norm_from_name(norm_name_of(row), 1) is None:
+            known = ", ".join(n.removeprefix("GN_").lower() for n in norm_names())
+            raise ValueError(f"--groups takes {known}; got {row!r}")
+
+
 def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Check a tool's options; return those on which the result of a run depends.
 
@@ -120,10 +128,7 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
                 f"--{name.replace('_', '-')} must be {'at least' if may_be_zero else 'above'} 0, "
                 f"got {value}"
             )
-    for row in options["groups"]:
-        if group_norm_from_name(norm_name_of(row), 1) is None:
-            known = ", ".join(n.removeprefix("GN_").lower() for n in norm_names())
-            raise ValueError(f"--groups takes {known}; got {row!r}")
+    check_rows(options["groups"])
     without = ("groups", "seeds", "data", "output", "device", "workers")
     return {name: value for name, value in options.items() if name not in without}
 

@@ -9,6 +9,7 @@ addition, for example). 1 is isometric; Definition 1 of arXiv 2302.03193.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,12 @@ def measure_gradient_variance(
     return [block.result(names) for block in blocks.values()]
 
 
+def mean_abs_log(blocks: Iterable[BlockGradient]) -> float:
+    """Mean |log K| over the blocks that were measured: 0 if all are isometric, nan without any."""
+    logs = [abs(math.log(block.ratio)) for block in blocks if block.ratio]
+    return sum(logs) / len(logs) if logs else math.nan
+
+
 class PooledVariance:
     """Biased variance over the elements of several tensors."""
 
@@ -93,13 +100,15 @@ class PooledVariance:
 
     def add(self, values: Tensor) -> None:
         # In float64: the square of a vanishing gradient is 0 in float32.
-        variance, mean = torch.var_mean(values.detach().double(), correction=0)
-        self.add_moments(values.numel(), mean.item(), variance.item())
+        variance, mean = (t.item() for t in torch.var_mean(values.detach().double(), correction=0))
+        self._count += values.numel()
+        self._sum += values.numel() * mean
+        self._squares += values.numel() * (variance + mean * mean)
 
-    def add_moments(self, count: int, mean: float, variance: float) -> None:
-        self._count += count
-        self._sum += count * mean
-        self._squares += count * (variance + mean * mean)
+    def merge(self, other: PooledVariance) -> None:
+        self._count += other._count
+        self._sum += other._sum
+        self._squares += other._squares
 
     def value(self) -> float | None:
         if not self._count:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gnpractical.analysis.gradient_isometry import BlockGradient
+from gnpractical.analysis.gradient_isometry import BlockGradient, mean_abs_log
 from gnpractical.analysis.gradient_simulation import Isometry
 from gnpractical.num_groups import gradient_variance_ratio
 
@@ -87,9 +86,8 @@ def block_gradients(
             predicted = [_predicted(block, law) for block in blocks]
             axes.plot(at, predicted, marker, color="black", markersize=5, label=f"{law} law")
         axes.axhline(1, color="black", linewidth=0.8)
-        logs = [abs(math.log(block.ratio)) for block in blocks if block.ratio]
         axes.set(yscale="log", ylabel="K")
-        axes.set_title(f"G = {label}: mean |log K| {fmean(logs or [0]):.2f}", loc="left", size=9)
+        axes.set_title(f"G = {label}: mean |log K| {mean_abs_log(blocks):.2f}", loc="left", size=9)
         axes.grid(True, axis="y", alpha=0.25)
     panels[0].legend(fontsize="small", ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     for i, (label, blocks) in enumerate(rows.items()):

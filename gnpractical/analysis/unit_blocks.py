@@ -173,8 +173,7 @@ class _Recorder(TorchFunctionMode):
 
     def _use(self, func, args, kwargs, result, tensor, version, call) -> None:
         """An operation reads a norm's output: its activation, if that is the only one to do so."""
-        first = call.activation is None and call.activation_name is None
-        if first and func in ACTIVATION_FUNCTIONS and args and args[0] is tensor:
+        if call.activation is None and func in ACTIVATION_FUNCTIONS and args and args[0] is tensor:
             rest = args[1:]
             call.norm_output = call.output
             call.output = get_gradient_edge(result)

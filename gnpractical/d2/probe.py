@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from typing import Any
 
@@ -14,7 +13,7 @@ from tabulate import tabulate
 from torch import nn
 
 from gnpractical.analysis.calibration import MeasuredGroups, calibrate, measured_norms
-from gnpractical.analysis.gradient_isometry import measure_gradient_variance
+from gnpractical.analysis.gradient_isometry import mean_abs_log, measure_gradient_variance
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +29,8 @@ def calibrate_measured(model: nn.Module, batches: list[Any]) -> None:
         return
     logger.info("Calibrating %d GN_MEASURED norms on %d batches", len(norms), len(batches))
     # The model's own scalars are not training's.
-    with EventStorage(), warnings.catch_warnings(action="ignore"):
+    with EventStorage(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # logged below
         rows = calibrate(model, batches, only=norms, until_stable=comm.get_world_size() == 1)
     rows = comm.all_gather(rows)[0]
     for row in rows:
@@ -66,9 +66,8 @@ class GradientProbe(HookBase):
                 f"gradient_variance_ratio/{name}", ratio, smoothing_hint=False
             )
         if ratios:
-            logs = [abs(math.log(ratio)) for ratio in ratios.values()]
             self.trainer.storage.put_scalar(
-                "gradient_variance_ratio/mean_abs_log", sum(logs) / len(logs), smoothing_hint=False
+                "gradient_variance_ratio/mean_abs_log", mean_abs_log(rows), smoothing_hint=False
             )
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from gnpractical.analysis.training import write_atomically
+
 SCORES = (
     "panoptic_seg/PQ", "panoptic_seg/PQ_th", "panoptic_seg/PQ_st",
     "bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP",
@@ -64,9 +66,7 @@ def train_once(command: list[str], cfg: CfgNode) -> dict[str, Any]:
     # KiB on Linux. On a GPU Detectron2 logs what PyTorch allocated at most.
     memory = re.findall(r"max_mem: (\d+)M", (folder / "log.txt").read_text())
     measured["peak_memory_mib"] = int(memory[-1]) if memory else usage.ru_maxrss // 1024
-    part = result.with_suffix(".part")
-    part.write_text(json.dumps(measured, indent=1))
-    part.replace(result)
+    write_atomically(result, lambda part: part.write_text(json.dumps(measured, indent=1)))
     return measured
 
 

@@ -196,6 +196,9 @@ def test_an_activation_counts_only_if_nothing_else_reads_the_norm():
     square = ratio_of(lambda m, x: (z := m[1](m[0](x))) * z, *conv_and_norm())
     for row in (swish, before, square):
         assert row.activation is None and row.ratio is not None
+    # The same function, of a copy: at the norm's output the gradient is the same.
+    copied = ratio_of(lambda m, x: (z := m[1](m[0](x)) * 1.0) * torch.sigmoid(z), *conv_and_norm())
+    assert swish.ratio == pytest.approx(copied.ratio, rel=1e-4)
     silu = ratio_of(lambda m, x: F.silu(m[1](m[0](x))), *conv_and_norm())
     assert silu.activation == "silu" and silu.ratio != pytest.approx(swish.ratio)
 

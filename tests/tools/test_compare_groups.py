@@ -1,7 +1,4 @@
 import json
-import os
-import runpy
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +7,6 @@ import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-from gnpractical.datasets.shapes import make_shapes
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ["--config-file", "configs/quick/pfpn_gnp_shapes.yaml"]
@@ -20,14 +16,6 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    root = tmp_path_factory.mktemp("datasets")
-    make_shapes(root, {"train": 8, "val": 4})
-    return os.environ | {"DETECTRON2_DATASETS": str(root), "PYTHONWARNINGS": "ignore",
-                         "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
-
-
 def run(environment, tool, *args):
     return subprocess.run(
         [sys.executable, str(ROOT / "tools" / tool), *map(str, args)],
@@ -35,18 +23,7 @@ def run(environment, tool, *args):
     )  # fmt: skip
 
 
-def error_of(monkeypatch, tool, *args):
-    """The line a run with bad input ends with; in this process, a new one takes seconds."""
-    monkeypatch.setattr(sys, "argv", [tool, *map(str, args)])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
-    assert stop.value.code.startswith("error: ") and len(stop.value.code.splitlines()) == 1
-    return stop.value.code
-
-
-def test_rows_are_trained_once_and_compared(environment, tmp_path, monkeypatch):
+def test_rows_are_trained_once_and_compared(environment, tmp_path, error_of):
     args = [*CONFIG, "--groups", "32", "measured", "--seeds", "1", "--output", tmp_path, *TINY]
     first = run(environment, "compare_groups.py", *args, "SOLVER.MAX_ITER", "2")
     assert first.returncode == 0, first.stderr[-2000:]
@@ -72,18 +49,19 @@ def test_rows_are_trained_once_and_compared(environment, tmp_path, monkeypatch):
     assert weights.stat().st_mtime_ns == written
     assert "Loading trainer from" in (tmp_path / "measured/seed1/log.txt").read_text()
 
-    other = error_of(monkeypatch, "compare_groups.py", *args, "SOLVER.MAX_ITER", "3")
+    other = error_of("compare_groups.py", *args, "SOLVER.MAX_ITER", "3")
     assert "holds a run with another config" in other and "MAX_ITER: 3" in other
     damaged = tmp_path / "32/seed1/result.json"
     damaged.write_text("{")
-    error = error_of(monkeypatch, "compare_groups.py", *args, "SOLVER.MAX_ITER", "2")
+    error = error_of("compare_groups.py", *args, "SOLVER.MAX_ITER", "2")
     assert f"{damaged} is damaged" in error
 
 
 @pytest.mark.parametrize(
     "tool, args, expected",
     [
-        ("compare_groups.py", ["--groups", "many", "--output", "{tmp}"], "--groups takes numbers"),
+        ("compare_groups.py", ["--groups", "many", "--output", "{tmp}"],
+         "--groups takes practical, closest"),
         ("compare_groups.py", ["--seeds", "0", "--output", "{tmp}"], "--seeds must be at least 1"),
         ("compare_groups.py", ["--groups", "48", "--output", "{tmp}", *TINY], "row 48: GN_48"),
         ("compare_groups.py",
@@ -96,9 +74,9 @@ def test_rows_are_trained_once_and_compared(environment, tmp_path, monkeypatch):
         ("measure_gradients.py", ["--output", "/dev/null/x"], "/dev/null/x"),
     ],
 )  # fmt: skip
-def test_bad_input_in_one_line(tmp_path, monkeypatch, tool, args, expected):
+def test_bad_input_in_one_line(tmp_path, error_of, tool, args, expected):
     args = [*CONFIG, *(a.format(tmp=tmp_path / "out") for a in args)]
-    assert expected in error_of(monkeypatch, tool, *args)
+    assert expected in error_of(tool, *args)
 
 
 def test_gradients_are_measured_for_every_row(environment, tmp_path):

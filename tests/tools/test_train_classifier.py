@@ -1,6 +1,5 @@
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -31,16 +30,6 @@ def run(*args):
     )  # fmt: skip
 
 
-def error_of(monkeypatch, *args):
-    """The line a run with bad input ends with; in this process, which has torch loaded."""
-    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(TOOL), run_name="__main__")
-    assert isinstance(stop.value.code, str) and stop.value.code.startswith("error: ")
-    assert len(stop.value.code.splitlines()) == 1
-    return stop.value.code
-
-
 def write_images(folder, names, seed):
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -63,7 +52,7 @@ def records(output):
     return json.loads((output / "results.json").read_text())["records"]
 
 
-def test_rows_reports_and_resumption(caltech, tmp_path, monkeypatch):
+def test_rows_reports_and_resumption(caltech, tmp_path, error_of):
     options = [*SMALL, "--data", caltech, "--output", tmp_path]
     done = run(*options, "--groups", "practical", 32, 1)
     assert done.returncode == 0, done.stderr
@@ -83,7 +72,7 @@ def test_rows_reports_and_resumption(caltech, tmp_path, monkeypatch):
     before = records(tmp_path)
     again = run(*options, "--groups", 1, 32)
     assert again.returncode == 0 and records(tmp_path) == before
-    other = error_of(monkeypatch, *options, "--groups", 1, "--image-size", 48)
+    other = error_of(TOOL, *options, "--groups", 1, "--image-size", 48)
     assert "image_size = 32, this run has image_size = 48" in other
     assert records(tmp_path) == before
 
@@ -111,7 +100,7 @@ def test_killed_within_a_run_and_resumed(caltech, tmp_path):
     assert actual["test_errors"] == expected["test_errors"]
 
 
-def test_measured_counts_are_measured_once(caltech, tmp_path, monkeypatch):
+def test_measured_counts_are_measured_once(caltech, tmp_path, error_of):
     options = [*SMALL, "--data", caltech, "--output", tmp_path, "--epochs", 1]
     options += ["--image-size", 64, "--groups", "measured"]
     done = run(*options)
@@ -121,7 +110,7 @@ def test_measured_counts_are_measured_once(caltech, tmp_path, monkeypatch):
     assert run(*options).stdout.count("GN_MEASURED") == 20
     assert (tmp_path / "groups_measured.json").read_text() == report
     (tmp_path / "groups_measured.json").write_text('[{"name": "bn1", "num_groups": 5}]')
-    assert "5 groups do not divide 64" in error_of(monkeypatch, *options)
+    assert "5 groups do not divide 64" in error_of(TOOL, *options)
 
 
 def test_pets_in_torchvision_layout(tmp_path):
@@ -151,10 +140,10 @@ def test_pets_in_torchvision_layout(tmp_path):
         (["--groups", "64"], "leave one value per group"),  # 64 channels on 1 x 1 maps
     ],
 )
-def test_bad_input_in_one_line(caltech, tmp_path, monkeypatch, args, expected):
+def test_bad_input_in_one_line(caltech, tmp_path, error_of, args, expected):
     small = [*SMALL, "--image-size", 1] if args == ["--groups", "64"] else SMALL
     small = [*small, "--data", caltech, "--output", tmp_path]
-    assert expected in error_of(monkeypatch, *small, *args)
+    assert expected in error_of(TOOL, *small, *args)
 
 
 def test_damaged_checkpoint_in_one_line(caltech, tmp_path):

@@ -1,5 +1,4 @@
 import json
-import runpy
 import struct
 import subprocess
 import sys
@@ -19,16 +18,6 @@ def run(*args):
     return subprocess.run(
         [sys.executable, TOOL, *map(str, args)], capture_output=True, text=True, timeout=120
     )  # fmt: skip
-
-
-def error_of(monkeypatch, *args):
-    """The line a run with bad input ends with; in this process, which has torch loaded."""
-    monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, args)])
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(TOOL), run_name="__main__")
-    assert isinstance(stop.value.code, str) and stop.value.code.startswith("error: ")
-    assert len(stop.value.code.splitlines()) == 1
-    return stop.value.code
 
 
 def write_idx(path, array):
@@ -56,7 +45,7 @@ def records(output):
     return json.loads((output / "results.json").read_text())["records"]
 
 
-def test_table_figure_and_resumption(data, tmp_path, monkeypatch):
+def test_table_figure_and_resumption(data, tmp_path, error_of):
     output = tmp_path / "new" / "out"
     done = run(*SMALL, "--data", data, "--output", output, "--groups", "practical", 512, 64, 1)
     assert done.returncode == 0, done.stderr
@@ -87,7 +76,7 @@ def test_table_figure_and_resumption(data, tmp_path, monkeypatch):
     assert "*practical" not in again.stdout and (output / "train_loss.png").exists()
 
     options = [*SMALL, "--data", data, "--output", output, "--groups", 64, "--lr", 0.2]
-    other = error_of(monkeypatch, *options)
+    other = error_of(TOOL, *options)
     assert "lr = 0.1, this run has lr = 0.2. Use another --output" in other
     assert records(output)[:6] == first
 
@@ -116,8 +105,8 @@ def test_rules_choose_divisors(data, tmp_path):
         (["--epochs", "0"], "--epochs must be above 0, got 0"),
     ],
 )
-def test_bad_input_in_one_line(data, tmp_path, monkeypatch, args, expected):
-    assert expected in error_of(monkeypatch, "--data", data, "--output", tmp_path, *args)
+def test_bad_input_in_one_line(data, tmp_path, error_of, args, expected):
+    assert expected in error_of(TOOL, "--data", data, "--output", tmp_path, *args)
 
 
 def test_damaged_results_in_one_line(data, tmp_path):

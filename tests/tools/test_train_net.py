@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-from gnpractical.datasets.shapes import make_shapes
 
 ROOT = Path(__file__).parents[2]
 TOOL = str(ROOT / "tools" / "train_net.py")
@@ -20,14 +18,6 @@ TINY = [
     "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "3", "SOLVER.BASE_LR", "0.001",
     "DATALOADER.NUM_WORKERS", "0", "SOLVER.CHECKPOINT_PERIOD", "1",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    root = tmp_path_factory.mktemp("datasets")
-    make_shapes(root, {"train": 8, "val": 4})
-    return os.environ | {"DETECTRON2_DATASETS": str(root), "PYTHONWARNINGS": "ignore",
-                         "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
 
 
 def run(environment, *args, launcher=(sys.executable,), timeout=300):

@@ -1,0 +1,37 @@
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def error_of(monkeypatch):
+    """A function (tool, *args) -> its last line. In this process: a new one takes seconds."""
+
+    def run(tool, *args):
+        monkeypatch.setattr(sys, "argv", [str(tool), *map(str, args)])
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        monkeypatch.chdir(ROOT)
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
+        assert isinstance(stop.value.code, str) and stop.value.code.startswith("error: ")
+        assert len(stop.value.code.splitlines()) == 1
+        return stop.value.code
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Environment of a tool's process, with a few gnp_shapes images and no GPU."""
+    from gnpractical.datasets.shapes import make_shapes
+
+    root = tmp_path_factory.mktemp("datasets")
+    make_shapes(root, {"train": 8, "val": 4})
+    return os.environ | {"DETECTRON2_DATASETS": str(root), "PYTHONWARNINGS": "ignore",
+                         "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
