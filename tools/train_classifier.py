@@ -35,7 +35,8 @@ from gnpractical.analysis.experiments import (
     norm_name_of,
     summarize,
 )
-from gnpractical.analysis.training import Recipe, first_line, fit, resolve_device, write_atomically
+from gnpractical.analysis.output_dir import write_text
+from gnpractical.analysis.training import Recipe, first_line, fit, resolve_device
 from gnpractical.layers import group_norm_from_name
 from gnpractical.layers.pairing import require_resolved
 
@@ -122,8 +123,7 @@ def choose_groups(args, row, num_classes, batches, device):
     require_resolved(model)
     rows = gnpractical.group_report(model)
     print(f"Row {row}:\n{gnpractical.format_report(rows)}\n", flush=True)
-    text = json.dumps([dataclasses.asdict(r) for r in rows], indent=1)
-    write_atomically(path, lambda part: part.write_text(text))
+    write_text(path, json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
     return {r.name: r.num_groups for r in rows}
 
 

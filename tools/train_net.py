@@ -12,9 +12,9 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
+from gnpractical.analysis.output_dir import check_output_dir
 from gnpractical.d2 import load_config
 from gnpractical.d2.launch import check_processes, launch
-from gnpractical.d2.preflight import check_output_dir
 from gnpractical.d2.trainer import Trainer, adapt_to_device
 
 HEADLINES = {"bbox": "AP", "segm": "AP", "sem_seg": "mIoU", "panoptic_seg": "PQ"}
@@ -74,7 +74,7 @@ if __name__ == "__main__":
     try:  # in one line, before any process is started
         config = read_config(arguments)
         check_processes(arguments)
-        check_output_dir(config.OUTPUT_DIR)
+        check_output_dir(config.OUTPUT_DIR, "OUTPUT_DIR")
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     launch(main, arguments, config)

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from gnpractical.analysis.training import History, write_atomically
+from gnpractical.analysis.output_dir import write_text
+from gnpractical.analysis.training import History
 from gnpractical.layers.group_norm import group_norm_from_name, norm_names
 
 
@@ -99,7 +100,7 @@ class Results:
             "torch": torch.__version__,
             "records": [vars(r) for r in self.records],
         }
-        write_atomically(self.path, lambda tmp: tmp.write_text(json.dumps(data, indent=1)))
+        write_text(self.path, json.dumps(data, indent=1))
 
 
 def norm_name_of(row: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gnpractical.analysis.output_dir import write_atomically
 
 Batches = Collection[tuple[Tensor, Tensor]]  # a DataLoader, or a list
 
@@ -150,13 +151,6 @@ def _load_checkpoint(path: Path, parts: Mapping[str, Any], seed: int) -> History
             f"{path} must be a checkpoint of this run, but it cannot be used ({first_line(e)}). "
             f"Remove it to start this run again."
         ) from None
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` make a file beside ``path``, then put it in its place in one step."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
 
 
 def first_line(error: BaseException) -> str:

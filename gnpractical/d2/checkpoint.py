@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,15 +13,22 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from gnpractical.analysis.calibration import measured_norms
+from gnpractical.analysis.group_record import (
+    RECORD_KEY,
+    GroupMismatch,
+    check_record,
+    describe_mismatch,
+    differing_norms,
+    group_record,
+    not_finite,
+    take_measured,
+)
 from gnpractical.analysis.layer_report import group_report
+from gnpractical.analysis.output_dir import write_atomically, write_text
 from gnpractical.d2.array_pickle import load_arrays
-from gnpractical.layers.pairing import find_pairs
-from gnpractical.layers.weight_standardization import WSConv2d
 
 logger = logging.getLogger(__name__)
 
-RECORD_KEY = "gnp_groups"
 # Which config key chooses the norms under a module path.
 _NORM_KEYS = {
     "backbone.bottom_up": "MODEL.RESNETS.NORM",
@@ -32,10 +40,6 @@ _NORM_KEYS = {
     "roi_heads.res5": "MODEL.RESNETS.NORM",
     "head": "MODEL.RETINANET.NORM",
 }
-
-
-class GroupMismatch(ValueError):
-    """A checkpoint was trained with other group counts than the model has."""
 
 
 class GNPCheckpointer(DetectionCheckpointer):
@@ -85,7 +89,7 @@ class GNPCheckpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        broken = [n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+        broken = not_finite(self.model)
         if broken:
             raise FloatingPointError(
                 f"{name}: {len(broken)} parameters are not finite, first {broken[0]}; not saved. "
@@ -94,14 +98,11 @@ class GNPCheckpointer(DetectionCheckpointer):
         data = {"model": self.model.state_dict(), RECORD_KEY: group_record(self.model)}
         data |= {key: obj.state_dict() for key, obj in self.checkpointables.items()}
         data |= kwargs
-        path = os.path.join(self.save_dir, f"{name}.pth")
+        path = Path(self.save_dir, f"{name}.pth")
         logger.info("Saving checkpoint to %s", path)
         try:
-            _write_whole(path, lambda f: torch.save(data, f))
-            _write_whole(
-                os.path.join(self.save_dir, "last_checkpoint"),
-                lambda f: f.write(os.path.basename(path).encode()),
-            )
+            write_atomically(path, lambda f: torch.save(data, f))
+            write_text(path.with_name("last_checkpoint"), path.name)
         except (OSError, RuntimeError) as e:
             raise OSError(f"{path} could not be written ({e}). {self.last_good()}") from e
 
@@ -126,7 +127,7 @@ class GNPCheckpointer(DetectionCheckpointer):
             weights = loaded["model"]
             if not all(isinstance(w, (torch.Tensor, np.ndarray)) for w in weights.values()):
                 raise TypeError("its 'model' holds more than tensors")
-            _check_record(loaded.get(RECORD_KEY, {}))
+            check_record(loaded.get(RECORD_KEY, {}))
         except Exception as e:  # a damaged file can fail in any way
             reason = " ".join(str(e).split())[:300]
             raise ValueError(
@@ -158,7 +159,7 @@ class GNPCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         record = checkpoint.pop(RECORD_KEY, None)
         if record is not None:
-            self._take_measured(record)
+            take_measured(self.model, record)
             self._compare(record)
         incompatible = super()._load_model(checkpoint)
         parameters = {name for name, _ in self.model.named_parameters()}
@@ -179,34 +180,21 @@ class GNPCheckpointer(DetectionCheckpointer):
                 )  # fmt: skip
         return incompatible
 
-    def _take_measured(self, record: dict[str, dict[str, Any]]) -> None:
-        """Give the model's GN_MEASURED norms the counts the file was calibrated to."""
-        for name, norm in measured_norms(self.model).items():
-            entry = record.get(name, {})
-            if entry.get("norm") == norm.norm_name and entry["num_groups"]:
-                norm.set_num_groups(entry["num_groups"])
-
     def _compare(self, record: dict[str, dict[str, Any]]) -> None:
-        mine = group_record(self.model)
-        # A file may cover a part of the model only, for example a backbone.
-        differing = [n for n in mine if n in record and _settings(mine[n]) != _settings(record[n])]
+        differing = differing_norms(self.model, record)
         if not differing or self._mismatch == "ignore":
             return
-        first = "; ".join(
-            f"{n}: {_describe(record[n])} in the file, {_describe(mine[n])} in the model"
-            for n in differing[:3]
-        )
         message = (
-            f"{self._loading} was trained with other group counts: {len(differing)} of "
-            f"{len(mine)} norms differ. {first}. To match the file: "
-            f"{self._overrides(differing, record, mine)}. To load it all the same: "
+            f"{describe_mismatch(self._loading, self.model, record, differing)} To match the file: "
+            f"{self._overrides(differing, record)}. To load it all the same: "
             f"MODEL.GNP.CHECKPOINT_MISMATCH warn"
         )
         if self._mismatch == "error":
             raise GroupMismatch(message)
         logger.warning(message)
 
-    def _overrides(self, differing: list[str], record: dict, mine: dict) -> str:
+    def _overrides(self, differing: list[str], record: dict) -> str:
+        mine = group_record(self.model)
         wanted: dict[str, set[str]] = {}
         standardized = set()
         for name in differing:
@@ -229,50 +217,3 @@ class GNPCheckpointer(DetectionCheckpointer):
         ]
         return ", ".join(parts)
 
-
-def group_record(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What a checkpoint keeps of each norm: plain data, by path.
-
-    ``norm`` is the config string of a GroupNorm and the class of any other norm, whose
-    ``num_groups`` is None.
-    """
-    record = {
-        pair.norm_name: {
-            "num_groups": None,
-            "norm": type(pair.norm).__name__,
-            "weight_standardized": isinstance(pair.layer, WSConv2d),
-        }
-        for pair in find_pairs(model)
-    }
-    for row in group_report(model):
-        record[row.name] |= {"num_groups": row.num_groups, "norm": row.norm}
-    return record
-
-
-def _check_record(record: dict[str, dict[str, Any]]) -> None:
-    for entry in record.values():
-        if not {"num_groups", "norm", "weight_standardized"} <= entry.keys():
-            raise KeyError(f"incomplete {RECORD_KEY}")
-
-
-def _settings(entry: dict[str, Any]) -> tuple:
-    return entry["num_groups"], entry["weight_standardized"]
-
-
-def _describe(entry: dict[str, Any]) -> str:
-    text = f"G={entry['num_groups']}" if entry["num_groups"] else entry["norm"]
-    return f"{text} with weight standardization" if entry["weight_standardized"] else text
-
-
-def _write_whole(path: str, write) -> None:
-    part = f"{path}.part"
-    try:
-        f: IO[bytes]
-        with open(part, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)

@@ -10,11 +10,7 @@ from detectron2.data.datasets.coco import load_coco_json, load_sem_seg
 from detectron2.data.datasets.coco_panoptic import merge_to_panoptic
 
 from gnpractical.datasets import shapes
-
-
-def datasets_root() -> str:
-    """Where Detectron2 looks for data sets: ``$DETECTRON2_DATASETS``, or ``datasets``."""
-    return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+from gnpractical.datasets.coco_files import datasets_root, split_files
 
 
 def register_shapes(root: str) -> None:
@@ -41,12 +37,7 @@ def register_shapes(root: str) -> None:
 def _metadata(folder: str, split: str) -> dict[str, Any]:
     thing_ids = [c["id"] for c in shapes.CATEGORIES if c["isthing"]]
     stuff_ids = [c["id"] for c in shapes.CATEGORIES if not c["isthing"]]
-    return {
-        "image_root": os.path.join(folder, split),
-        "json_file": os.path.join(folder, "annotations", f"instances_{split}.json"),
-        "panoptic_json": os.path.join(folder, "annotations", f"panoptic_{split}.json"),
-        "panoptic_root": os.path.join(folder, f"panoptic_{split}"),
-        "sem_seg_root": os.path.join(folder, f"panoptic_stuff_{split}"),
+    return split_files(folder, split) | {
         "evaluator_type": "coco_panoptic_seg",
         "ignore_label": 255,
         "thing_classes": list(shapes.THINGS),

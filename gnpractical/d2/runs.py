@@ -14,7 +14,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from gnpractical.analysis.training import write_atomically
+from gnpractical.analysis.output_dir import write_text
 
 SCORES = (
     "panoptic_seg/PQ", "panoptic_seg/PQ_th", "panoptic_seg/PQ_st",
@@ -66,7 +66,7 @@ def train_once(command: list[str], cfg: CfgNode) -> dict[str, Any]:
     # KiB on Linux. On a GPU Detectron2 logs what PyTorch allocated at most.
     memory = re.findall(r"max_mem: (\d+)M", (folder / "log.txt").read_text())
     measured["peak_memory_mib"] = int(memory[-1]) if memory else usage.ru_maxrss // 1024
-    write_atomically(result, lambda part: part.write_text(json.dumps(measured, indent=1)))
+    write_text(result, json.dumps(measured, indent=1))
     return measured
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
 import logging
 import os
 import weakref
@@ -20,10 +18,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gnpractical.analysis.calibration import measured_norms
-from gnpractical.analysis.layer_report import format_report, group_report
+from gnpractical.analysis.output_dir import check_disk_space, write_group_report
 from gnpractical.d2.checkpoint import GNPCheckpointer
 from gnpractical.d2.evaluation import build_evaluator
-from gnpractical.d2.preflight import check_datasets, check_disk_space
+from gnpractical.d2.preflight import check_datasets
 from gnpractical.d2.probe import GradientProbe, calibrate_measured
 from gnpractical.layers.pairing import require_resolved
 
@@ -58,7 +56,8 @@ class Trainer(DefaultTrainer):
         comm.synchronize()
         model = self.build_model(cfg)
         if comm.is_main_process():
-            check_disk_space(cfg, model)
+            count = cfg.SOLVER.MAX_ITER // max(cfg.SOLVER.CHECKPOINT_PERIOD, 1) + 1
+            check_disk_space(cfg.OUTPUT_DIR, model, count, "OUTPUT_DIR")
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
 
@@ -80,7 +79,8 @@ class Trainer(DefaultTrainer):
         model = model.module if isinstance(model, DistributedDataParallel) else model
         if measured_norms(model):
             calibrate_measured(model, self.first_batches(self.cfg.MODEL.GNP.CALIBRATION_BATCHES))
-        write_group_report(model, self.cfg.OUTPUT_DIR)
+        if comm.is_main_process():
+            write_group_report(model, self.cfg.OUTPUT_DIR)
         if self.cfg.MODEL.GNP.PROBE_PERIOD:
             probe = GradientProbe(model, self.first_batches(1), self.cfg.MODEL.GNP.PROBE_PERIOD)
             self.register_hooks([probe])
@@ -135,18 +135,6 @@ class Trainer(DefaultTrainer):
 def _log_to(output_dir: str) -> None:
     # Detectron2's default_setup does this for its own loggers; a repeated call adds nothing.
     setup_logger(output_dir, distributed_rank=comm.get_rank(), name="gnpractical")
-
-
-def write_group_report(model: nn.Module, output_dir: str) -> None:
-    """Log the group report of ``model`` and write its rows to ``output_dir/groups.json``."""
-    if not comm.is_main_process():
-        return
-    rows = group_report(model)
-    logger.info("Group counts:\n%s", format_report(rows))
-    path = os.path.join(output_dir, "groups.json")
-    with open(path, "w") as f:
-        json.dump([dataclasses.asdict(row) for row in rows], f, indent=1)
-    logger.info("Group counts written to %s", path)
 
 
 def adapt_to_device(cfg: CfgNode) -> None:

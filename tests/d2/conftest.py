@@ -1,4 +1,3 @@
-import logging
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,6 @@ TINY = [
     "SOLVER.BASE_LR", "0.001", "SOLVER.WARMUP_ITERS", "1", "DATALOADER.NUM_WORKERS", "0",
     "SOLVER.CHECKPOINT_PERIOD", "1",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def logs_reach_caplog():
-    """Undo what Detectron2's setup_logger, called by a trainer, does to our loggers."""
-    logging.getLogger("gnpractical").propagate = True
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +27,8 @@ def few_shapes(datasets_dir):
     """gnp_shapes_{train,val} registered over a few images instead of the real data set."""
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
-    from gnpractical.d2.datasets import datasets_root, register_shapes
+    from gnpractical.d2.datasets import register_shapes
+    from gnpractical.datasets.coco_files import datasets_root
 
     def register(root):
         for split in FEW:

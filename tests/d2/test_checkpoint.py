@@ -12,8 +12,9 @@ import torch
 from detectron2.layers import Conv2d, get_norm
 from torch import nn
 
+from gnpractical.analysis.group_record import RECORD_KEY, GroupMismatch, group_record
 from gnpractical.d2.array_pickle import load_arrays
-from gnpractical.d2.checkpoint import RECORD_KEY, GNPCheckpointer, GroupMismatch, group_record
+from gnpractical.d2.checkpoint import GNPCheckpointer
 from gnpractical.d2.weight_standardization import apply_weight_standardization
 
 

@@ -1,17 +1,14 @@
 import json
-import os
 import shutil
-from collections import namedtuple
 
 import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.data import MetadataCatalog
-from torch import nn
 
 from gnpractical.d2.datasets import register_shapes
-from gnpractical.d2.preflight import check_datasets, check_disk_space, check_output_dir
+from gnpractical.d2.preflight import check_datasets
 
 NAME = "gnp_shapes_train"
 
@@ -104,26 +101,3 @@ def test_harmless_problems_are_logged(tiny_cfg, own_copy, caplog):
     spoil(own_copy, "instances", orphan)
     check_datasets(tiny_cfg(), (NAME,))
     assert "image id without image (ignored): 1" in caplog.text
-
-
-def test_output_dir(tmp_path):
-    check_output_dir(str(tmp_path / "a" / "b"))
-    assert (tmp_path / "a" / "b").is_dir() and not os.listdir(tmp_path / "a" / "b")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="OUTPUT_DIR .*file/x.* cannot be written"):
-        check_output_dir(str(tmp_path / "file" / "x"))
-
-
-def test_disk_space(tiny_cfg, tmp_path, monkeypatch, caplog):
-    cfg = tiny_cfg("OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "10")
-    model = nn.Linear(1024, 1024)  # 8 MiB with momentum, 11 checkpoints
-    usage = namedtuple("usage", "free")
-    for free, outcome in [(2**20 * 10, "error"), (2**20 * 40, "warning"), (2**20 * 100, "")]:
-        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(free))
-        caplog.clear()
-        if outcome == "error":
-            with pytest.raises(OSError, match="Disk full: 10 MiB are free.*about 8 MiB"):
-                check_disk_space(cfg, model)
-        else:
-            check_disk_space(cfg, model)
-            assert ("will not hold every checkpoint" in caplog.text) == (outcome == "warning")

@@ -8,9 +8,10 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 import torch
 
 from gnpractical.analysis.calibration import measured_norms
-from gnpractical.d2.checkpoint import GNPCheckpointer, GroupMismatch
+from gnpractical.analysis.group_record import GroupMismatch
+from gnpractical.analysis.output_dir import check_output_dir
+from gnpractical.d2.checkpoint import GNPCheckpointer
 from gnpractical.d2.norm import group_norm_keys
-from gnpractical.d2.preflight import check_output_dir
 from gnpractical.d2.probe import calibrate_measured
 from gnpractical.d2.trainer import Trainer
 
@@ -18,7 +19,7 @@ MEASURED = ["MODEL.GNP.NORM", "GN_MEASURED", "MODEL.SEM_SEG_HEAD.NORM", "GN_MEAS
 
 
 def trained(cfg, resume=False):
-    check_output_dir(cfg.OUTPUT_DIR)
+    check_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     torch.manual_seed(0)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
@@ -64,7 +65,7 @@ def test_measured_is_calibrated_once_and_kept(tiny_cfg, monkeypatch):
 
 
 def test_weights_of_other_counts_are_a_mismatch(tiny_cfg, tmp_path):
-    check_output_dir(str(tmp_path))
+    check_output_dir(str(tmp_path), "OUTPUT_DIR")
     GNPCheckpointer(Trainer.build_model(tiny_cfg()), str(tmp_path)).save("practical")
     model = Trainer.build_model(tiny_cfg(*MEASURED))
     with pytest.raises(GroupMismatch, match="G=1 in the file, GN_MEASURED in the model"):
@@ -85,7 +86,7 @@ def test_counts_from_a_checkpoint_are_not_measured_again(tiny_cfg):
 
 
 def test_measured_counts_are_checked_against_other_rules(tiny_cfg, tmp_path):
-    check_output_dir(str(tmp_path))
+    check_output_dir(str(tmp_path), "OUTPUT_DIR")
     model = Trainer.build_model(tiny_cfg(*MEASURED))
     for norm in measured_norms(model).values():
         norm.set_num_groups(norm.num_channels)

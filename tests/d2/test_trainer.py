@@ -9,13 +9,13 @@ import torch
 from detectron2.engine import HookBase
 from torch import nn
 
-from gnpractical.d2.checkpoint import GroupMismatch
-from gnpractical.d2.preflight import check_output_dir
+from gnpractical.analysis.group_record import GroupMismatch
+from gnpractical.analysis.output_dir import check_output_dir
 from gnpractical.d2.trainer import Trainer, adapt_to_device
 
 
 def make_trainer(cfg, resume=False):
-    check_output_dir(cfg.OUTPUT_DIR)
+    check_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
     return trainer

@@ -1,0 +1,96 @@
+"""What a checkpoint records of every norm, and comparing it with the model that loads it.
+
+A GroupNorm's parameters have the same shape for every number of groups, so that weights trained
+with others load without complaint. The record is plain data, by path of the norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from gnpractical.analysis.calibration import measured_norms
+from gnpractical.analysis.layer_report import group_report
+from gnpractical.layers.pairing import find_pairs
+from gnpractical.layers.weight_standardization import WSConv2d
+
+RECORD_KEY = "gnp_groups"
+
+Record = Mapping[str, Mapping[str, Any]]
+
+
+class GroupMismatch(ValueError):
+    """A checkpoint was trained with other group counts than the model has."""
+
+
+def group_record(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a checkpoint keeps of each norm.
+
+    ``norm`` is the config string of a GroupNorm and the class of any other norm, whose
+    ``num_groups`` is None.
+    """
+    record: dict[str, dict[str, Any]] = {
+        pair.norm_name: {
+            "num_groups": None,
+            "norm": type(pair.norm).__name__,
+            "weight_standardized": isinstance(pair.layer, WSConv2d),
+        }
+        for pair in find_pairs(model)
+    }
+    for row in group_report(model):
+        record[row.name] |= {"num_groups": row.num_groups, "norm": row.norm}
+    return record
+
+
+def check_record(record: Record) -> None:
+    """KeyError if an entry lacks a field."""
+    for entry in record.values():
+        if not {"num_groups", "norm", "weight_standardized"} <= entry.keys():
+            raise KeyError(f"incomplete {RECORD_KEY}")
+
+
+def take_measured(model: nn.Module, record: Record) -> None:
+    """Give the model's GN_MEASURED norms the counts the file was calibrated to."""
+    for name, norm in measured_norms(model).items():
+        entry = record.get(name, {})
+        if entry.get("norm") == norm.norm_name and entry["num_groups"]:
+            norm.set_num_groups(entry["num_groups"])
+
+
+def differing_norms(model: nn.Module, record: Record) -> list[str]:
+    """Paths of the norms whose count or weight standardization is not the record's.
+
+    A file may cover a part of the model only, for example a backbone.
+    """
+    mine = group_record(model)
+    return [n for n in mine if n in record and _settings(mine[n]) != _settings(record[n])]
+
+
+def describe_mismatch(path: str, model: nn.Module, record: Record, differing: list[str]) -> str:
+    """A sentence or two: how many of the norms differ from those in ``path``, and the first."""
+    mine = group_record(model)
+    first = "; ".join(
+        f"{n}: {_describe(record[n])} in the file, {_describe(mine[n])} in the model"
+        for n in differing[:3]
+    )
+    return (
+        f"{path} was trained with other group counts: {len(differing)} of {len(mine)} norms "
+        f"differ. {first}."
+    )
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Names of the parameters that hold a value that is not finite; they are not worth saving."""
+    return [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]
+
+
+def _settings(entry: Mapping[str, Any]) -> tuple:
+    return entry["num_groups"], entry["weight_standardized"]
+
+
+def _describe(entry: Mapping[str, Any]) -> str:
+    text = f"G={entry['num_groups']}" if entry["num_groups"] else entry["norm"]
+    return f"{text} with weight standardization" if entry["weight_standardized"] else text

@@ -1,0 +1,110 @@
+"""Where the files of a split lie, in COCO's layout, and whether they are there and sound."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+
+from gnpractical.datasets.annotations import Json, Problem, check_instances, check_panoptic
+from gnpractical.datasets.panoptic import read_json
+
+logger = logging.getLogger(__name__)
+
+ROOT_VARIABLE = "DETECTRON2_DATASETS"
+
+
+def datasets_root() -> str:
+    """Where data sets are looked for, as Detectron2 does: ``$DETECTRON2_DATASETS``, ``datasets``.
+    """
+    return os.path.expanduser(os.getenv(ROOT_VARIABLE, "datasets"))
+
+
+def split_files(folder: str, split: str) -> dict[str, str]:
+    """The paths of a split of the data set in ``folder``, named as Detectron2's metadata are."""
+    return {
+        "image_root": os.path.join(folder, split),
+        "json_file": os.path.join(folder, "annotations", f"instances_{split}.json"),
+        "panoptic_json": os.path.join(folder, "annotations", f"panoptic_{split}.json"),
+        "panoptic_root": os.path.join(folder, f"panoptic_{split}"),
+        "sem_seg_root": os.path.join(folder, f"panoptic_stuff_{split}"),
+    }
+
+
+def check_files(name: str, files: Mapping[str, str], root: str, source: str) -> None:
+    """Raise ValueError for a file or folder that does not exist, with the command that makes it.
+
+    Args:
+        name: of the data set.
+        files: of ``split_files``, or some of them.
+        root: where data sets are looked for.
+        source: what said so, such as ``$DETECTRON2_DATASETS``.
+    """
+    for key, path in files.items():
+        if not os.path.exists(path):
+            raise ValueError(
+                f"Data set {name}: {key} {path!r} does not exist. {_advice(key, root, source)}"
+            )
+
+
+def check_annotations(
+    name: str, files: Mapping[str, str], root: str, source: str, remedy: str
+) -> None:
+    """Raise ValueError for annotations that would train wrongly; log the harmless problems.
+
+    Args:
+        name, files, root, source: as of :func:`check_files`.
+        remedy: how to train on them all the same, for the error.
+    """
+    problems: list[tuple[str, Problem]] = []
+    if "json_file" in files:
+        data = read_json(files["json_file"])
+        if "annotations" in data:  # COCO's test sets have none
+            present = _existing(files.get("image_root"), data.get("images", []))
+            problems += _checked(check_instances, files["json_file"], data, present)
+    if "panoptic_json" in files:
+        data = read_json(files["panoptic_json"])
+        present = os.listdir(files["panoptic_root"])
+        problems += _checked(check_panoptic, files["panoptic_json"], data, present)
+        if "sem_seg_root" in files:
+            wanted = {a["file_name"] for a in data["annotations"]}
+            missing = wanted - set(os.listdir(files["sem_seg_root"]))
+            if missing:
+                raise ValueError(
+                    f"Data set {name}: {len(missing)} of {len(wanted)} semantic PNGs are not in "
+                    f"{files['sem_seg_root']!r}, first {min(missing)}. "
+                    f"{_advice('sem_seg_root', root, source)}"
+                )
+    for path, problem in problems:
+        if not problem.refuse:
+            logger.warning("%s: %s", path, problem)
+    refused = [f"{path}: {problem}" for path, problem in problems if problem.refuse]
+    if refused:
+        raise ValueError(
+            f"Data set {name} would train wrongly. {'; '.join(refused)}. Mend the annotations, or "
+            f"{remedy} to train on them as they are."
+        )
+
+
+def _existing(root: str | None, images: list[dict]) -> list[str] | None:
+    if not root:
+        return None
+    listed = set(os.listdir(root))  # one call for the many that lie in the folder itself
+    names = [i["file_name"] for i in images if "file_name" in i]
+    return [n for n in names if n in listed or os.path.exists(os.path.join(root, n))]
+
+
+def _checked(
+    check: Callable, path: str, data: Json, files: list[str] | None
+) -> list[tuple[str, Problem]]:
+    try:
+        return [(path, problem) for problem in check(data, files)]
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from e
+
+
+def _advice(key: str, root: str, source: str) -> str:
+    text = f"Data sets are looked for in {root!r} ({source})"
+    if key == "sem_seg_root":
+        return f"{text}; run: python tools/prepare_panoptic.py --root {os.path.join(root, 'coco')}"
+    return f"{text}; set {ROOT_VARIABLE} to the folder that holds coco/."
