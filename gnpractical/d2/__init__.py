@@ -8,10 +8,10 @@
 
 from detectron2.modeling import meta_arch
 
-from gnpractical.d2 import backbone, datasets  # noqa: F401 (they register)
+from gnpractical.d2 import backbone, datasets, weight_standardization  # noqa: F401 (they register)
 from gnpractical.d2.config import add_gnp_config, load_config
 from gnpractical.d2.norm import extend
-from gnpractical.d2.weight_standardization import apply_weight_standardization
+from gnpractical.layers.weight_standardization import apply_weight_standardization
 
 __all__ = ["add_gnp_config", "apply_weight_standardization", "load_config"]
 
@@ -26,7 +26,10 @@ def build_standardized_model(cfg):
     """What ``build_model(cfg)`` returns once this package is imported."""
     model = _detectron2_build_model(cfg)
     if "GNP" in cfg.MODEL and cfg.MODEL.GNP.WEIGHT_STANDARDIZATION:
-        apply_weight_standardization(model, cfg.MODEL.GNP.WEIGHT_STANDARDIZATION)
+        try:
+            apply_weight_standardization(model, cfg.MODEL.GNP.WEIGHT_STANDARDIZATION)
+        except ValueError as e:
+            raise ValueError(f"MODEL.GNP.WEIGHT_STANDARDIZATION: {e}") from None
     return model
 
 

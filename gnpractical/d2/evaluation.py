@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import itertools
-import json
 import logging
 import os
-import tempfile
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,9 +25,8 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 from PIL import Image
-from tabulate import tabulate
 
-from gnpractical.datasets.panoptic import id_to_rgb, panoptic_quality
+from gnpractical.datasets.panoptic_evaluation import evaluate_panoptic, panoptic_prediction
 from gnpractical.datasets.pictures import draw_boxes, draw_segments, tile
 
 logger = logging.getLogger(__name__)
@@ -83,15 +78,9 @@ class PanopticEvaluator(COCOPanopticEvaluator):
             if segments is None:  # ids are category * label_divisor + instance, -1 is void
                 segments = self._segments_of_labels(ids)
                 ids = ids + 1
-            png = io.BytesIO()
-            Image.fromarray(id_to_rgb(ids)).save(png, format="PNG")
+            segments = [self._convert_category_id(dict(s)) for s in segments]
             self._predictions.append(
-                {
-                    "image_id": input["image_id"],
-                    "file_name": Path(input["file_name"]).stem + ".png",
-                    "png_string": png.getvalue(),
-                    "segments_info": [self._convert_category_id(dict(s)) for s in segments],
-                }
+                panoptic_prediction(input["image_id"], input["file_name"], ids, segments)
             )
 
     def _segments_of_labels(self, labels: np.ndarray) -> list[dict[str, Any]]:
@@ -111,29 +100,11 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         predictions = list(itertools.chain(*comm.gather(self._predictions)))
         if not comm.is_main_process():
             return None
-        with tempfile.TemporaryDirectory(prefix="panoptic_eval") as pred_dir:
-            for p in predictions:
-                (Path(pred_dir) / p["file_name"]).write_bytes(p.pop("png_string"))
-            pred_json = Path(self._output_dir or pred_dir) / "panoptic_predictions.json"
-            pred_json.write_text(json.dumps({"annotations": predictions}))
-            quality = panoptic_quality(
-                self._metadata.panoptic_json, self._metadata.panoptic_root, pred_json, pred_dir
-            )
-        rows = [
-            [name] + [100 * q[k] for k in ("pq", "sq", "rq")] + [q["n"]]
-            for name, q in quality.items()
-        ]
-        logger.info(
-            "Panoptic Evaluation Results:\n%s",
-            tabulate(rows, ["", "PQ", "SQ", "RQ", "#categories"], tablefmt="pipe", floatfmt=".3f"),
-        )
-        suffixes = {"All": "", "Things": "_th", "Stuff": "_st"}
-        result = {
-            key.upper() + suffixes[name]: 100 * q[key]
-            for name, q in quality.items()
-            for key in ("pq", "sq", "rq")
-        }
-        return OrderedDict(panoptic_seg=result)
+        scores = evaluate_panoptic(
+            predictions, self._metadata.panoptic_json, self._metadata.panoptic_root,
+            self._output_dir,
+        )  # fmt: skip
+        return OrderedDict(panoptic_seg=scores)
 
 
 class PredictionGrid(DatasetEvaluator):

@@ -13,16 +13,18 @@ from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gnpractical.analysis.calibration import measured_norms
+from gnpractical.analysis.distributed_calibration import calibrate_measured
 from gnpractical.analysis.output_dir import check_disk_space, write_group_report
 from gnpractical.d2.checkpoint import GNPCheckpointer
 from gnpractical.d2.evaluation import build_evaluator
 from gnpractical.d2.preflight import check_datasets
-from gnpractical.d2.probe import GradientProbe, calibrate_measured
+from gnpractical.d2.probe import GradientProbe
 from gnpractical.layers.pairing import require_resolved
 
 logger = logging.getLogger(__name__)
@@ -78,7 +80,9 @@ class Trainer(DefaultTrainer):
         model = self._trainer.model
         model = model.module if isinstance(model, DistributedDataParallel) else model
         if measured_norms(model):
-            calibrate_measured(model, self.first_batches(self.cfg.MODEL.GNP.CALIBRATION_BATCHES))
+            batches = self.first_batches(self.cfg.MODEL.GNP.CALIBRATION_BATCHES)
+            with EventStorage():  # the model's own scalars are not training's
+                calibrate_measured(model, batches)
         if comm.is_main_process():
             write_group_report(model, self.cfg.OUTPUT_DIR)
         if self.cfg.MODEL.GNP.PROBE_PERIOD:

@@ -8,11 +8,17 @@ are not interchangeable to the last digits.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from gnpractical.layers.pairing import find_pairs
+
+logger = logging.getLogger(__name__)
 
 EPS = 1e-5
 _TINY = 1e-30  # keeps a constant filter at zero instead of 0/0; far below any real variance
@@ -58,6 +64,49 @@ def standardize_layer(layer: nn.Module) -> bool:
     if isinstance(layer, nn.Conv2d) and type(layer) in STANDARDIZED and layer.weight[0].numel() > 1:
         layer.__class__ = STANDARDIZED[type(layer)]  # type: ignore[assignment]
     return isinstance(layer, WSConv2d)
+
+
+def apply_weight_standardization(model: nn.Module, prefixes: Sequence[str]) -> list[str]:
+    """Standardize, in place, the convolutions under ``prefixes`` that are followed by a norm.
+
+    Parameters, hooks and state_dict keys stay as they are: only the class changes. Convolutions
+    of other classes (Detectron2's deformable ones) are left alone and logged.
+
+    Args:
+        model: any model.
+        prefixes: module paths, such as "backbone" or "roi_heads.box_head".
+
+    Returns:
+        Paths of the convolutions that are standardized.
+
+    Raises:
+        ValueError: a prefix under which there is nothing to standardize.
+    """
+    done, skipped = [], []
+    pairs = [
+        (p.layer_name, p.layer)
+        for p in find_pairs(model)
+        if p.layer_name is not None and p.layer is not None
+    ]
+    for prefix in prefixes:
+        found = [(n, m) for n, m in pairs if n == prefix or n.startswith(f"{prefix}.")]
+        if not found:
+            known = ", ".join(name for name, _ in model.named_children())
+            raise ValueError(
+                f"weight standardization: {prefix!r} has no weight layer followed by a norm; "
+                f"module paths start with one of: {known}."
+            )
+        for name, layer in found:
+            if standardize_layer(layer):
+                done.append(name)
+            else:
+                skipped.append(f"{name} ({type(layer).__name__})")
+    logger.info("Weight standardization of %d convolutions under %s", len(done), list(prefixes))
+    if skipped:
+        logger.warning(
+            "Not standardized, no plain convolutions: %d, first: %s", len(skipped), skipped[:3]
+        )
+    return done
 
 
 def fold_weight_standardization(model: nn.Module) -> int:

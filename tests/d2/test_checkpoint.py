@@ -15,7 +15,7 @@ from torch import nn
 from gnpractical.analysis.group_record import RECORD_KEY, GroupMismatch, group_record
 from gnpractical.d2.array_pickle import load_arrays
 from gnpractical.d2.checkpoint import GNPCheckpointer
-from gnpractical.d2.weight_standardization import apply_weight_standardization
+from gnpractical.layers.weight_standardization import apply_weight_standardization
 
 
 class Model(nn.Module):

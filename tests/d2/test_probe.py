@@ -6,13 +6,14 @@ import pytest
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
+from detectron2.utils.events import EventStorage
 
 from gnpractical.analysis.calibration import measured_norms
+from gnpractical.analysis.distributed_calibration import calibrate_measured
 from gnpractical.analysis.group_record import GroupMismatch
 from gnpractical.analysis.output_dir import check_output_dir
 from gnpractical.d2.checkpoint import GNPCheckpointer
 from gnpractical.d2.norm import group_norm_keys
-from gnpractical.d2.probe import calibrate_measured
 from gnpractical.d2.trainer import Trainer
 
 MEASURED = ["MODEL.GNP.NORM", "GN_MEASURED", "MODEL.SEM_SEG_HEAD.NORM", "GN_MEASURED"]
@@ -53,7 +54,7 @@ def test_measured_is_calibrated_once_and_kept(tiny_cfg, monkeypatch):
     assert "K, measured" in log_of(cfg)
 
     # Neither a resumed run nor evaluation measures again: nothing is there to measure with.
-    monkeypatch.setattr("gnpractical.d2.probe.calibrate", None)
+    monkeypatch.setattr("gnpractical.analysis.distributed_calibration.calibrate", None)
     cfg = tiny_cfg("SOLVER.MAX_ITER", "4", "DATASETS.TEST", "()", *MEASURED)
     trained(cfg, resume=True)
     assert groups_of(cfg) == groups
@@ -80,7 +81,8 @@ def test_counts_from_a_checkpoint_are_not_measured_again(tiny_cfg):
     first = next(iter(norms))
     norms[first].set_num_groups(norms[first].num_channels)
     trainer = Trainer(tiny_cfg(*MEASURED))
-    calibrate_measured(model, trainer.first_batches(1))
+    with EventStorage():
+        calibrate_measured(model, trainer.first_batches(1))
     assert norms[first].num_groups == norms[first].num_channels
     assert all(norm.num_groups for norm in norms.values())
 

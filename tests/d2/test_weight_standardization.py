@@ -8,8 +8,11 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from gnpractical.d2 import load_config
-from gnpractical.d2.weight_standardization import apply_weight_standardization
-from gnpractical.layers.weight_standardization import WSConv2d, standardize_weight
+from gnpractical.layers.weight_standardization import (
+    WSConv2d,
+    apply_weight_standardization,
+    standardize_weight,
+)
 
 R18 = [
     "MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", "18", "MODEL.BACKBONE.NAME",
