@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from gnpractical.analysis.calibration import measured_norms
@@ -80,11 +79,6 @@ def describe_mismatch(path: str, model: nn.Module, record: Record, differing: li
         f"{path} was trained with other group counts: {len(differing)} of {len(mine)} norms "
         f"differ. {first}."
     )
-
-
-def not_finite(model: nn.Module) -> list[str]:
-    """Names of the parameters that hold a value that is not finite; they are not worth saving."""
-    return [n for n, p in model.named_parameters() if not torch.isfinite(p).all()]
 
 
 def _settings(entry: Mapping[str, Any]) -> tuple:

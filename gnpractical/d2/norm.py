@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 
 from detectron2.config import CfgNode
 from detectron2.layers import batch_norm
 from torch import nn
 
-from gnpractical.layers.group_norm import group_norm_from_name, norm_names
+from gnpractical.layers.group_norm import group_norm_from_name, unknown_norm_message
 
 DETECTRON2_NORM_NAMES = [
     "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N"
@@ -48,8 +47,9 @@ def build_norm(norm, out_channels: int) -> nn.Module | None:
             return ours
         if norm not in DETECTRON2_NORM_NAMES:
             raise ValueError(
-                f"{unknown_norm_message(norm)} It comes from one of the config's NORM keys, such "
-                f"as MODEL.RESNETS.NORM, MODEL.FPN.NORM or MODEL.SEM_SEG_HEAD.NORM."
+                f"{unknown_norm_message(norm, DETECTRON2_NORM_NAMES)} '' is none. It comes from "
+                f"one of the config's NORM keys, such as MODEL.RESNETS.NORM, MODEL.FPN.NORM or "
+                f"MODEL.SEM_SEG_HEAD.NORM."
             )
     return _detectron2_get_norm(norm, out_channels)
 
@@ -61,7 +61,8 @@ def check_norm_names(cfg: CfgNode, prefix: str = "") -> None:
             check_norm_names(value, f"{prefix}{key}.")
         elif key == "NORM" and isinstance(value, str) and value:
             if value not in DETECTRON2_NORM_NAMES and group_norm_from_name(value, 1) is None:
-                raise ValueError(f"{prefix}{key}: {unknown_norm_message(value)}")
+                message = unknown_norm_message(value, DETECTRON2_NORM_NAMES)
+                raise ValueError(f"{prefix}{key}: {message} '' is none.")
 
 
 def group_norm_keys(cfg: CfgNode, prefix: str = "") -> list[str]:
@@ -74,13 +75,6 @@ def group_norm_keys(cfg: CfgNode, prefix: str = "") -> list[str]:
             if value == "GN" or group_norm_from_name(value, 1) is not None:
                 keys.append(prefix + key)
     return keys
-
-
-def unknown_norm_message(norm: str) -> str:
-    valid = norm_names() + DETECTRON2_NORM_NAMES
-    near = difflib.get_close_matches(norm.upper(), valid, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"Unknown norm {norm!r}; valid are {', '.join(valid)}, and '' for none.{hint}"
 
 
 def _get_norm(norm, out_channels):

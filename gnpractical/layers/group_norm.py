@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 import warnings
@@ -188,6 +189,14 @@ def group_norm_from_name(name: str, num_channels: int) -> PracticalGroupNorm | N
 def norm_names() -> list[str]:
     """The config strings that :func:`group_norm_from_name` accepts."""
     return [*_RULE_NAMES, "GN_<number of groups>"]
+
+
+def unknown_norm_message(norm: object, others: list[str]) -> str:
+    """Says that no norm has this name, and which there are: ours and ``others``."""
+    valid = norm_names() + others
+    near = difflib.get_close_matches(str(norm).upper(), valid, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"Unknown norm {norm!r}; valid are {', '.join(valid)}.{hint}"
 
 
 def _path_on_stack(module: nn.Module) -> str:

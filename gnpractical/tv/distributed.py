@@ -1,0 +1,43 @@
+"""The processes that torchrun starts, or the one that is alone."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def start(device: torch.device) -> torch.device:
+    """Join torchrun's other processes, if there are any; the device of this one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop() -> None:
+    """Leave the others, after success: after an error they may never come to this point."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(items: list[Any]) -> list[Any]:
+    """Rank 0: the items of all processes, in the order of their ranks. The others: nothing."""
+    if world_size() == 1:
+        return items
+    parts: list[list[Any]] | None = [[] for _ in range(world_size())] if rank() == 0 else None
+    dist.gather_object(items, parts)
+    return [item for part in parts or [] for item in part]

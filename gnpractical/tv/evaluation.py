@@ -1,0 +1,136 @@
+"""Box and mask AP by pycocotools, panoptic quality, and a picture of predictions."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import math
+import os
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as coco_mask
+import torch
+from PIL import Image
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gnpractical.datasets.panoptic_evaluation import evaluate_panoptic, panoptic_prediction
+from gnpractical.datasets.pictures import draw_boxes, draw_segments, tile
+from gnpractical.tv.datasets import CocoImages
+from gnpractical.tv.distributed import gather, rank, world_size
+
+logger = logging.getLogger(__name__)
+
+GRID_IMAGES = 12
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, dataset: CocoImages, output_dir: str, device: torch.device
+) -> dict[str, float]:
+    """Predict ``dataset``, every process its share, and score on rank 0 ({} on the others).
+
+    Writes the predictions, ``metrics``' input, and ``predictions.png`` to ``output_dir``.
+
+    Returns:
+        ``bbox/AP``, ``AP50``, ``AP75``, and for the panoptic model ``segm/...`` and
+        ``panoptic_seg/PQ``, ``SQ``, ``RQ`` (also ``_th``, ``_st``), in %.
+    """
+    model.eval()
+    os.makedirs(output_dir, exist_ok=True)
+    boxes: list[dict] = []
+    panoptic: list[dict] = []
+    tiles: list[np.ndarray] = []
+    # Not a DistributedSampler, which repeats images to give every process as many.
+    indices = range(rank(), len(dataset), world_size())
+    for index in tqdm(indices, desc="evaluation", leave=False, disable=None):
+        image, target = dataset[index]
+        (result,) = model([image.to(device)])
+        result = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()}
+        boxes += _instances(result, target["image_id"], dataset)
+        if dataset.panoptic:
+            panoptic.append(_panoptic(result, target["image_id"], dataset))
+        if rank() == 0 and len(tiles) < GRID_IMAGES:
+            picture = np.asarray(dataset.read_image(index))
+            tiles.append(np.concatenate([picture, _draw(picture, result, dataset)], axis=1))
+    boxes, panoptic = gather(boxes), gather(panoptic)
+    if rank():
+        return {}
+    Image.fromarray(tile(tiles)).save(os.path.join(output_dir, "predictions.png"))
+    with open(os.path.join(output_dir, "coco_instances_results.json"), "w") as f:
+        json.dump(boxes, f)
+    scores = _average_precision(dataset, boxes, "bbox")
+    if dataset.panoptic:
+        scores |= _average_precision(dataset, boxes, "segm")
+        quality = evaluate_panoptic(
+            panoptic, dataset.files["panoptic_json"], dataset.files["panoptic_root"], output_dir
+        )
+        scores |= {f"panoptic_seg/{key}": value for key, value in quality.items()}
+    return scores
+
+
+def _instances(result: dict[str, Any], image_id: int, dataset: CocoImages) -> list[dict]:
+    entries = []
+    for i, (x0, y0, x1, y1) in enumerate(result["boxes"].tolist()):
+        entry = {
+            "image_id": image_id,
+            "category_id": dataset.thing_ids[int(result["labels"][i]) - 1],
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "score": float(result["scores"][i]),
+        }
+        if dataset.panoptic:
+            mask = np.asfortranarray((result["masks"][i, 0] > 0.5).numpy().astype(np.uint8))
+            rle = coco_mask.encode(mask)
+            entry["segmentation"] = rle | {"counts": rle["counts"].decode("ascii")}
+        entries.append(entry)
+    return entries
+
+
+def _panoptic(result: dict[str, Any], image_id: int, dataset: CocoImages) -> dict[str, Any]:
+    segments = [
+        {"id": s["id"],
+         "category_id": (dataset.thing_ids if s["isthing"] else dataset.stuff_ids)[s["label"] - 1]}
+        for s in result["segments"]
+    ]  # fmt: skip
+    file_name = dataset.coco.imgs[image_id]["file_name"]
+    return panoptic_prediction(image_id, file_name, result["panoptic_ids"].numpy(), segments)
+
+
+def _average_precision(dataset: CocoImages, results: list[dict], kind: str) -> dict[str, float]:
+    """COCO's AP, AP50 and AP75 in %, nan without any prediction; the whole table is logged."""
+    keys = [f"{kind}/{name}" for name in ("AP", "AP50", "AP75")]
+    if not results:
+        logger.warning("No %s predictions", kind)
+        return dict.fromkeys(keys, math.nan)
+    if kind == "segm":  # else areas would be taken from the boxes
+        results = [{k: v for k, v in entry.items() if k != "bbox"} for entry in results]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        evaluation = COCOeval(dataset.coco, dataset.coco.loadRes(copy.deepcopy(results)), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    table = [line for line in printed.getvalue().splitlines() if " = " in line]
+    logger.info("%s:\n%s", kind, "\n".join(table))
+    return dict(zip(keys, (100 * evaluation.stats[:3]).tolist(), strict=True))
+
+
+def _draw(image: np.ndarray, result: dict[str, Any], dataset: CocoImages) -> np.ndarray:
+    if dataset.panoptic:
+        rows = [
+            (s["id"], s["label"] - 1, dataset.things[s["label"] - 1])
+            if s["isthing"]
+            else (s["id"], len(dataset.things) + s["label"], dataset.stuff[s["label"] - 1])
+            for s in result["segments"]
+        ]
+        return draw_segments(image, result["panoptic_ids"].numpy(), rows)
+    sure = result["scores"] > 0.5
+    classes = [label - 1 for label in result["labels"][sure].tolist()]
+    labels = [
+        f"{dataset.things[c]} {s:.2f}" for c, s in zip(classes, result["scores"][sure], strict=True)
+    ]
+    return draw_boxes(image, result["boxes"][sure].tolist(), classes, labels)
