@@ -27,6 +27,8 @@ setup(
         "tqdm",
     ],
     extras_require={
+        # gnpractical.tv and tools/train_torchvision.py; Detectron2 brings both itself.
+        "tv": ["tensorboard", "torchvision"],
         "dev": ["pytest==9.0.3", "ruff==0.14.5", "mypy==1.18.2", "types-tabulate", "types-tqdm"],
     },
 )

@@ -40,6 +40,7 @@ def test_imports_go_one_way(path):
         "analysis": {"num_groups", "activation_gain", "layers", "analysis"},
         "datasets": {"datasets"},
         "d2": {"num_groups", "layers", "analysis", "datasets", "d2"},
+        "tv": {"num_groups", "layers", "analysis", "datasets", "tv"},
         "__init__.py": {"num_groups", "activation_gain", "layers", "analysis"},
     }
     assert own(path) <= allowed[folder], path

@@ -70,9 +70,13 @@ def parse_args():
 
 
 def check(args):
-    for name in ("iterations", "batch_size", "checkpoint_period", "calibration_batches"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    least = dict.fromkeys(("iterations", "batch_size", "checkpoint_period", "max_size"), 1)
+    least |= dict.fromkeys(("calibration_batches", "min_size"), 1)
+    least |= dict.fromkeys(("warmup", "workers", "lr", "weight_decay", "clip_grad_norm"), 0)
+    for name, lowest in least.items():
+        value = getattr(args, name)
+        if (min(value) if isinstance(value, list) else value) < lowest:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {lowest}, got {value}")
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch_size % processes:
         raise ValueError(f"--batch-size {args.batch_size} must be a multiple of the number of "
@@ -80,6 +84,9 @@ def check(args):
     if args.test_only and not (args.resume or args.weights):
         raise ValueError("--test-only needs --weights FILE, or --resume for the run's checkpoint")
     check_output_dir(args.output_dir, "--output-dir")
+    last = os.path.join(args.output_dir, "last_checkpoint")
+    if args.test_only and not args.weights and not os.path.exists(last):
+        raise ValueError(f"--resume: there is no checkpoint in {args.output_dir!r}")
 
 
 def build(args, dataset):

@@ -2,9 +2,10 @@ import re
 
 import pytest
 
-torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+pytest.importorskip("torchvision", reason="torchvision is not installed")
 
 import torch
+import torchvision
 from torch import nn
 
 from gnpractical import group_report
@@ -38,22 +39,21 @@ def test_every_norm_has_its_own_count(depth, norms):
 def detectron2_name(name):
     """The path, in Detectron2's model, of the norm at ``name`` in ours."""
     stage = r"backbone\.body\.layer(\d)\.(\d+)\."
-    for pattern, path in [
-        (r"backbone\.body\.bn1", "backbone.bottom_up.stem.conv1.norm"),
-        (stage + r"bn(\d)", "backbone.bottom_up.res{0+1}.{1}.conv{2}.norm"),
-        (stage + r"downsample\.1", "backbone.bottom_up.res{0+1}.{1}.shortcut.norm"),
-        (r"backbone\.fpn\.inner_blocks\.(\d)\.1", "backbone.fpn_lateral{0+2}.norm"),
-        (r"backbone\.fpn\.layer_blocks\.(\d)\.1", "backbone.fpn_output{0+2}.norm"),
-        (r"roi_heads\.box_head\.(\d)\.1", "roi_heads.box_head.conv{0+1}.norm"),
-        (r"roi_heads\.mask_head\.(\d)\.1", "roi_heads.mask_head.mask_fcn{0+1}.norm"),
-        (r"semantic_branch\.levels\.(\d)\.(\d)\.1", "sem_seg_head.p{0+2}.{1}.norm"),
+    # The first number is counted from ``offset`` less than there.
+    for pattern, path, offset in [
+        (r"backbone\.body\.bn1", "backbone.bottom_up.stem.conv1.norm", 0),
+        (stage + r"bn(\d)", "backbone.bottom_up.res{}.{}.conv{}.norm", 1),
+        (stage + r"downsample\.1", "backbone.bottom_up.res{}.{}.shortcut.norm", 1),
+        (r"backbone\.fpn\.inner_blocks\.(\d)\.1", "backbone.fpn_lateral{}.norm", 2),
+        (r"backbone\.fpn\.layer_blocks\.(\d)\.1", "backbone.fpn_output{}.norm", 2),
+        (r"roi_heads\.box_head\.(\d)\.1", "roi_heads.box_head.conv{}.norm", 1),
+        (r"roi_heads\.mask_head\.(\d)\.1", "roi_heads.mask_head.mask_fcn{}.norm", 1),
+        (r"semantic_branch\.levels\.(\d)\.(\d)\.1", "sem_seg_head.p{}.{}.norm", 2),
     ]:
         match = re.fullmatch(pattern, name)
         if match:
-            return re.sub(
-                r"\{(\d)(?:\+(\d))?\}", lambda m: str(int(match[int(m[1]) + 1]) + int(m[2] or 0))
-                if m[2] else match[int(m[1]) + 1], path
-            )  # fmt: skip
+            first, *rest = (*match.groups(), "0")
+            return path.format(int(first) + offset, *rest)
     raise AssertionError(name)
 
 

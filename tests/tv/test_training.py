@@ -1,0 +1,147 @@
+import json
+
+import pytest
+
+pytest.importorskip("torchvision", reason="torchvision is not installed")
+pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+
+import torch
+
+from gnpractical import group_report
+from gnpractical.analysis.group_record import RECORD_KEY, GroupMismatch
+from gnpractical.datasets.coco_files import split_files
+from gnpractical.tv.datasets import CocoImages
+from gnpractical.tv.training import Recipe, TorchvisionCheckpointer, _lr_factor, train
+
+
+@pytest.fixture
+def dataset(datasets_dir):
+    files = split_files(str(datasets_dir / "gnp_shapes"), "train")
+    return CocoImages(files, panoptic=True, train=True)
+
+
+def recipe(iterations, **options):
+    defaults = {"batch_size": 2, "lr": 0.005, "warmup": 1, "workers": 0, "checkpoint_period": 2}
+    return Recipe(iterations, **defaults | options)
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def groups_of(folder):
+    rows = json.loads((folder / "groups.json").read_text())
+    return {row["name"]: row["num_groups"] for row in rows}
+
+
+def test_a_run_leaves_checkpoints_metrics_and_groups(tiny_panoptic, dataset, tmp_path):
+    model = tiny_panoptic()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    train(model, dataset, recipe(3), str(tmp_path))
+    assert all((before[k] != v).any() for k, v in model.named_parameters() if v.dim() > 1)
+    names = {p.name for p in tmp_path.iterdir()}
+    assert {"model_0000001.pth", "model_final.pth", "last_checkpoint", "groups.json"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    (line,) = metrics_of(tmp_path)
+    assert line["iteration"] == 2
+    losses = [v for k, v in line.items() if k.startswith("loss_")]
+    assert line["total_loss"] == pytest.approx(sum(losses)) and len(losses) == 6
+    saved = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert saved["iteration"] == 2 and len(saved[RECORD_KEY]) == len(group_report(model))
+
+
+def test_a_resumed_run_goes_on_where_it_was(tiny_panoptic, dataset, tmp_path):
+    train(tiny_panoptic(), dataset, recipe(2), str(tmp_path))
+    other = tiny_panoptic()
+    train(other, dataset, recipe(2), str(tmp_path), resume=True)  # nothing is left to do
+    saved = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in saved["model"].items())
+    train(other, dataset, recipe(4), str(tmp_path), resume=True)
+    assert [line["iteration"] for line in metrics_of(tmp_path)] == [1, 3]
+    # The optimizer's momentum and the schedule came along.
+    saved = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert saved["iteration"] == 3 and saved["scheduler"]["last_epoch"] == 4
+    # Without resume it begins anew.
+    train(tiny_panoptic(), dataset, recipe(1), str(tmp_path))
+    assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 0
+
+
+def test_measured_counts_are_kept(tiny_panoptic, dataset, tmp_path, monkeypatch):
+    model = tiny_panoptic(norm="GN_MEASURED")
+    train(model, dataset, recipe(2), str(tmp_path))
+    groups = groups_of(tmp_path)
+    assert all(groups.values()) and len(set(groups.values())) > 1
+    monkeypatch.setattr("gnpractical.analysis.distributed_calibration.calibrate", None)
+    train(tiny_panoptic(norm="GN_MEASURED"), dataset, recipe(3), str(tmp_path), resume=True)
+    assert groups_of(tmp_path) == groups
+
+
+def test_other_group_counts_are_refused(tiny_panoptic, dataset, tmp_path, caplog):
+    train(tiny_panoptic(), dataset, recipe(1), str(tmp_path))
+    other = tiny_panoptic(norm="GN_2", weight_standardization=True)
+    with pytest.raises(GroupMismatch, match="GN_PRACTICAL, without weight standardization.*--norm"):
+        train(other, dataset, recipe(2), str(tmp_path), resume=True)
+    path = str(tmp_path / "model_final.pth")
+    TorchvisionCheckpointer(other, mismatch="warn").load(path)
+    assert "was trained with other group counts" in caplog.text
+
+
+def test_a_loss_that_is_not_finite_names_the_last_checkpoint(tiny_panoptic, dataset, tmp_path):
+    model = tiny_panoptic()
+    train(model, dataset, recipe(1), str(tmp_path))
+    before = (tmp_path / "model_final.pth").read_bytes()
+    with torch.no_grad():
+        model.semantic_branch.predictor.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="at iteration 0 .*model_final.pth.*--lr"):
+        train(model, dataset, recipe(2), str(tmp_path))
+    assert (tmp_path / "model_final.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"nothing", None])
+def test_damaged_checkpoints_are_named(tiny_panoptic, dataset, tmp_path, content):
+    path = tmp_path / "a.pth"
+    if content is None:
+        torch.save({"model": {"weight": torch.zeros(2)}}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="a.pth"):
+        train(tiny_panoptic(), dataset, recipe(1), str(tmp_path), weights=str(path))
+    with pytest.raises(ValueError, match="'gone.pth' does not exist"):
+        train(tiny_panoptic(), dataset, recipe(1), str(tmp_path), weights="gone.pth")
+
+
+def test_bare_weights_of_other_classes_load_with_a_warning(
+    tiny_panoptic, dataset, tmp_path, caplog
+):
+    torch.save(tiny_panoptic(num_stuff=2).state_dict(), tmp_path / "bare.pth")
+    train(tiny_panoptic(), dataset, recipe(1), str(tmp_path), weights=str(tmp_path / "bare.pth"))
+    assert "no record of group counts" in caplog.text
+    assert "semantic_branch.predictor.weight" in caplog.text
+
+
+def test_mixed_precision_and_clipping(tiny_panoptic, dataset, tmp_path):
+    model = tiny_panoptic()
+    before = model.backbone.body.conv1.weight.detach().clone()
+    train(model, dataset, recipe(1, mixed_precision=True, clip_norm=1e-9), str(tmp_path))
+    after = model.backbone.body.conv1.weight
+    assert after.dtype == torch.float32
+    # Gradients are clipped to nothing: what is left is weight decay.
+    torch.testing.assert_close(after, before, atol=1e-6, rtol=1e-5)
+
+
+def test_learning_rate_rises_and_falls():
+    plan = Recipe(100, 2, 0.1, warmup=9)
+    factors = [_lr_factor(plan, i) for i in range(100)]
+    assert factors[0] == pytest.approx(0.1, abs=0.001) and max(factors) < 1
+    assert factors.index(max(factors)) == 9
+    assert factors[50] == pytest.approx(0.5) and factors[99] < 0.001
+
+
+def test_norms_do_not_decay(tiny_panoptic):
+    from gnpractical.tv.training import _parameter_groups
+
+    model = tiny_panoptic()
+    decayed, norms = _parameter_groups(model, 0.1)
+    assert norms["weight_decay"] == 0 and decayed["weight_decay"] == 0.1
+    assert len(norms["params"]) == 2 * len(group_report(model))
+    assert len(decayed["params"]) + len(norms["params"]) == len(list(model.parameters()))
