@@ -174,7 +174,12 @@ def _batches(dataset: Dataset, recipe: Recipe, first: int) -> Iterator[Any]:
         num_workers=recipe.workers, collate_fn=collate,
         persistent_workers=recipe.workers > 0,
     )  # fmt: skip
-    for epoch in itertools.count(first // max(len(loader), 1)):
+    if not len(loader):
+        raise ValueError(
+            f"--batch-size {recipe.batch_size} must be at most the number of training images, "
+            f"{len(dataset)}"  # type: ignore[arg-type]
+        )
+    for epoch in itertools.count(first // len(loader)):
         sampler.set_epoch(epoch)
         yield from loader
 

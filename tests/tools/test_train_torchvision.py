@@ -69,6 +69,7 @@ def test_killed_and_resumed(environment, tmp_path):
         (["--test-only", "--resume"], "there is no checkpoint in"),
         (["--weights", "gone.pth"], "Checkpoint 'gone.pth' does not exist"),
         (["--device", "gpu"], "--device must be a device of this machine"),
+        (["--batch-size", "9"], "--batch-size 9 must be at most the number of training images, 8"),
         (["--iterations", "0"], "--iterations must be at least 1"),
         (["--min-size", "0"], "--min-size must be at least 1"),
         (["--warmup", "-1"], "--warmup must be at least 0"),
