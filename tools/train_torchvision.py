@@ -15,13 +15,12 @@ import sys
 import torch
 
 from gnpractical.analysis.output_dir import check_disk_space, check_output_dir
-from gnpractical.analysis.training import resolve_device
 from gnpractical.datasets.coco_files import datasets_root
 from gnpractical.tv import distributed, fasterrcnn_resnet_fpn, panoptic_fpn_resnet, quick
 from gnpractical.tv.builders import DEPTHS
 from gnpractical.tv.datasets import open_splits
 from gnpractical.tv.evaluation import evaluate
-from gnpractical.tv.training import Recipe, TorchvisionCheckpointer, train, write_metrics
+from gnpractical.tv.training import Recipe, TorchvisionCheckpointer, train, write_scores
 
 PANOPTIC = "panoptic_fpn_resnet"
 HEADLINES = {"bbox/AP": "bbox AP", "segm/AP": "segm AP", "panoptic_seg/PQ": "panoptic_seg PQ"}
@@ -114,7 +113,7 @@ def main():
     args = parse_args()
     try:
         check(args)
-        device = distributed.start(resolve_device(args.device))
+        device = distributed.start(args.device)
         log_to(args.output_dir)
         panoptic = args.model == PANOPTIC
         dataset, val = open_splits(
@@ -143,7 +142,7 @@ def main():
     except (ValueError, OSError, FloatingPointError) as e:
         sys.exit(f"error: {e}")
     if scores:
-        write_metrics(args.output_dir, args.iterations, scores)
+        write_scores(args.output_dir, args.iterations, scores)
         text = ", ".join(f"{HEADLINES[k]} {v:.1f}" for k, v in scores.items() if k in HEADLINES)
         print(f"{text}. Group counts: {args.output_dir}/groups.json. "
               f"Predictions: {folder}/predictions.png")  # fmt: skip

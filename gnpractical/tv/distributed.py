@@ -8,15 +8,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gnpractical.analysis.training import resolve_device
 
-def start(device: torch.device) -> torch.device:
-    """Join torchrun's other processes, if there are any; the device of this one."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+def start(name: str | None) -> torch.device:
+    """Join torchrun's other processes, if there are any; the device of this one.
+
+    Args:
+        name: of the device, as ``resolve_device`` takes it.
+
+    Raises:
+        ValueError: no such device, or fewer GPUs than processes.
+    """
+    joining = "TORCHELASTIC_RUN_ID" in os.environ
+    if joining and name in (None, "cuda") and torch.cuda.is_available():
+        processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if processes > gpus:
+            raise ValueError(f"{processes} processes on this machine need as many GPUs; it has "
+                             f"{gpus}. Lower --nproc-per-node.")  # fmt: skip
+        # Before the device is touched, or every process would take memory of the first.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = resolve_device(name)
+    if joining:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
 

@@ -51,6 +51,8 @@ def evaluate(
     for index in tqdm(indices, desc="evaluation", leave=False, disable=None):
         image, target = dataset[index]
         (result,) = model([image.to(device)])
+        if "masks" in result:
+            result["masks"] = result["masks"][:, 0] > 0.5  # a quarter of the bytes to move
         result = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()}
         boxes += _instances(result, target["image_id"], dataset)
         if dataset.panoptic:
@@ -84,8 +86,8 @@ def _instances(result: dict[str, Any], image_id: int, dataset: CocoImages) -> li
             "score": float(result["scores"][i]),
         }
         if dataset.panoptic:
-            mask = np.asfortranarray((result["masks"][i, 0] > 0.5).numpy().astype(np.uint8))
-            rle = coco_mask.encode(mask)
+            mask = result["masks"][i].numpy().astype(np.uint8)
+            rle = coco_mask.encode(np.asfortranarray(mask))
             entry["segmentation"] = rle | {"counts": rle["counts"].decode("ascii")}
         entries.append(entry)
     return entries

@@ -225,7 +225,7 @@ class _Metrics:
         seconds = statistics.median(self._times[-PRINT_PERIOD:])
         values = {name: loss.item() for name, loss in losses.items()}
         values |= {"lr": lr, "time": seconds}
-        write_metrics(self._folder, iteration, values)
+        _append(self._folder, iteration, values)
         for name, value in values.items():
             self._writer.add_scalar(name, value, iteration)
         eta = timedelta(seconds=int(seconds * (self._iterations - iteration - 1)))
@@ -236,7 +236,14 @@ class _Metrics:
         logger.info("eta: %s  iter: %d  %s  time: %.4f%s", eta, iteration, rest, seconds, memory)
 
 
-def write_metrics(output_dir: str, iteration: int, values: dict[str, float]) -> None:
-    """Append one line to ``metrics.json``, as Detectron2 does."""
+def write_scores(output_dir: str, iteration: int, scores: dict[str, float]) -> None:
+    """Append an evaluation's scores to metrics.json and TensorBoard's events."""
+    _append(output_dir, iteration, scores)
+    with SummaryWriter(output_dir) as writer:
+        for name, value in scores.items():
+            writer.add_scalar(name, value, iteration)
+
+
+def _append(output_dir: str, iteration: int, values: dict[str, float]) -> None:
     with open(Path(output_dir, "metrics.json"), "a") as f:
         f.write(json.dumps({"iteration": iteration} | values) + "\n")
