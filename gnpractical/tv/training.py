@@ -8,6 +8,7 @@ import logging
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -194,12 +195,15 @@ def _to(batch: Any, device: torch.device) -> tuple[list, list]:
 
 
 class _Metrics:
-    """Losses, time and ETA to the log, metrics.json and TensorBoard; rank 0's only."""
+    """Losses, time (medians of 20 steps) and ETA to log, metrics.json and TensorBoard; of rank 0.
+    """
 
     def __init__(self, output_dir: str, iterations: int) -> None:
         self._folder, self._iterations = output_dir, iterations
         self._writer: SummaryWriter | None = None
-        self._times: list[float] = []
+        # Of the last steps; losses stay on their device, so that nothing waits for it.
+        self._times: deque[float] = deque(maxlen=PRINT_PERIOD)
+        self._losses: deque[dict[str, torch.Tensor]] = deque(maxlen=PRINT_PERIOD)
         self.restart_clock()
 
     def __enter__(self) -> _Metrics:
@@ -215,15 +219,17 @@ class _Metrics:
         """A step begins. (Writing a checkpoint belongs to none.)"""
         self._begun = time.perf_counter()
 
-    def step(
-        self, iteration: int, losses: dict[str, torch.Tensor], lr: float
-    ) -> None:
+    def step(self, iteration: int, losses: dict[str, torch.Tensor], lr: float) -> None:
         self._times.append(time.perf_counter() - self._begun)
+        self._losses.append({name: loss.detach() for name, loss in losses.items()})
         last = iteration + 1 == self._iterations
         if self._writer is None or not ((iteration + 1) % PRINT_PERIOD == 0 or last):
             return
-        seconds = statistics.median(self._times[-PRINT_PERIOD:])
-        values = {name: loss.item() for name, loss in losses.items()}
+        seconds = statistics.median(self._times)
+        values = {
+            name: torch.stack([step[name] for step in self._losses]).median().item()
+            for name in losses
+        }
         values |= {"lr": lr, "time": seconds}
         _append(self._folder, iteration, values)
         for name, value in values.items():

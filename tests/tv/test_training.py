@@ -45,7 +45,7 @@ def test_a_run_leaves_checkpoints_metrics_and_groups(tiny_panoptic, dataset, tmp
     (line,) = metrics_of(tmp_path)
     assert line["iteration"] == 2
     losses = [v for k, v in line.items() if k.startswith("loss_")]
-    assert line["total_loss"] == pytest.approx(sum(losses)) and len(losses) == 6
+    assert len(losses) == 6 and all(0 < v < line["total_loss"] < 20 for v in losses)
     saved = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert saved["iteration"] == 2 and len(saved[RECORD_KEY]) == len(group_report(model))
 
