@@ -125,12 +125,56 @@ def test_torchvision_models_against_lists_made_by_hand(name, count, expected):
     model(torch.randn(2, 3, 64, 64)).sum().backward()
 
 
-def test_resnet50_is_detectron2s():
+def converted_resnet50():
     torchvision = pytest.importorskip("torchvision")
-    norms = convert(torchvision.models.resnet50()).norms
-    counts = [n.num_groups for n in norms]
-    assert len(counts) == 53 and counts.count(1) == 38
-    assert sum(n.num_groups == n.num_channels for n in norms) == 12
+    return convert(torchvision.models.resnet50(), torch.randn(1, 3, 224, 224))
+
+
+def test_resnet50_group_counts():
+    norms = converted_resnet50().norms
+    assert len(norms) == 53 and all(norm.layers and not norm.left for norm in norms)
+    counts = {
+        "1": [n for n in norms if n.num_groups == 1],
+        "C": [n for n in norms if n.num_groups == n.num_channels],
+    }
+    assert {key: len(of) for key, of in counts.items()} == {"1": 38, "C": 12}
+    # (256 - 128)/4, (512 - 256)/4 and (1024 - 512)/4: where a stage narrows to half.
+    others = {n.name: n.num_groups for n in norms if n not in counts["1"] + counts["C"]}
+    assert others == {"layer2.0.bn1": 32, "layer3.0.bn1": 64, "layer4.0.bn1": 128}
+
+
+def detectron2_path(norm):
+    """bn1 -> stem.conv1.norm, layer1.0.bn2 -> res2.0.conv2.norm, .downsample.1 -> .shortcut.norm"""
+    if norm == "bn1":
+        return "stem.conv1.norm"
+    stage, block, *rest = norm.split(".")
+    layer = "shortcut" if rest[0] == "downsample" else rest[0].replace("bn", "conv")
+    return f"res{int(stage.removeprefix('layer')) + 1}.{block}.{layer}.norm"
+
+
+def test_resnet50_is_detectron2s_layer_by_layer():
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_backbone
+
+    import gnpractical.d2  # noqa: F401 - teaches Detectron2 the name GN_PRACTICAL
+
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    cfg.MODEL.RESNETS.DEPTH = 50
+    cfg.MODEL.RESNETS.NORM = "GN_PRACTICAL"
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    theirs = {
+        row.name: (row.in_channels, row.out_channels, row.num_groups)
+        for row in group_report(build_backbone(cfg))
+    }
+    ours = {
+        detectron2_path(n.name): (n.in_channels, n.num_channels, n.num_groups)
+        for n in converted_resnet50().norms
+    }
+    assert ours == theirs
 
 
 def test_mask_rcnn():
