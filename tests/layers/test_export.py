@@ -1,0 +1,86 @@
+"""A converted model, weight standardized or folded, through torch.export and ONNX."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gnpractical import convert, fold_weight_standardization
+from gnpractical.layers import PracticalGroupNorm
+from gnpractical.layers.weight_standardization import WSConv2d
+
+
+class Bottleneck(nn.Module):
+    """One norm with a single group, one with as many as channels, one between."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64)
+        self.conv2, self.bn2 = nn.Conv2d(64, 8, 1), nn.BatchNorm2d(8)
+        self.conv3, self.bn3 = nn.Conv2d(64, 32, 3, padding=1), nn.BatchNorm2d(32)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        a, b = self.bn2(self.conv2(x)), self.bn3(self.conv3(x))
+        return F.relu(torch.cat([a, b], dim=1)).mean((2, 3))
+
+
+def bottleneck():
+    model = Bottleneck()
+    conversion = convert(model, torch.randn(1, 3, 16, 16), weight_standardization=True)
+    assert [norm.num_groups for norm in conversion.norms] == [1, 8, 8]
+    return model
+
+
+def resnet18():
+    models = pytest.importorskip("torchvision").models
+    model = models.resnet18(num_classes=4)
+    convert(model, torch.randn(1, 3, 64, 64), weight_standardization=True)
+    return model
+
+
+def prepared(build, folded):
+    """The model to export, and an unfolded one to compare with."""
+    model = build().eval()
+    for module in model.modules():  # values that a lost or swapped parameter would change
+        if isinstance(module, PracticalGroupNorm):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+    convolutions = sum(isinstance(module, WSConv2d) for module in model.modules())
+    assert convolutions
+    reference = copy.deepcopy(model)
+    if folded:
+        assert fold_weight_standardization(model) == convolutions
+    return model, reference
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("build", [bottleneck, resnet18])
+def test_torch_export(build, folded):
+    model, reference = prepared(build, folded)
+    x = torch.randn(2, 3, 64, 64)
+    batch = torch.export.Dim("batch", min=1, max=8)
+    exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},)).module()
+    with torch.no_grad():
+        for example in (x, x[:1], torch.randn(3, 3, 64, 64)):
+            torch.testing.assert_close(exported(example), reference(example), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("build", [bottleneck, resnet18])
+def test_onnx(build, folded, tmp_path):
+    for module in ("onnx", "onnxscript"):
+        pytest.importorskip(module)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, reference = prepared(build, folded)
+    x = torch.randn(2, 3, 64, 64)
+    torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(
+        tmp_path / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(out), reference(x), rtol=1e-4, atol=1e-4)
