@@ -126,13 +126,14 @@ def convert(
             continue
         channels = norm_width(norm)
         assert channels is not None
-        source, problem = feeding[norm]
+        source, problem = feeding.get(norm, (None, "it is the whole model"))
         chosen = any(fnmatch(name, p) for p in include) and not any(
             fnmatch(name, p) for p in exclude
         )
         left = "" if chosen else "not chosen by include and exclude"
         if chosen and source is None and on_unpaired == "error":
-            unpaired.append(f"{name} ({type(norm).__name__}, {channels} channels): {problem}")
+            of = f"{type(norm).__name__}, {channels} channels"
+            unpaired.append(f"{name or 'model'} ({of}): {problem}")
         elif chosen and source is None and on_unpaired == "keep":
             left = problem
         replacement, limited_from = None, None

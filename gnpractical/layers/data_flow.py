@@ -13,8 +13,9 @@ Every tensor of the forward pass is tagged with the weight layers it comes from:
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,12 +80,14 @@ def trace_norms(model: nn.Module, example_inputs: Any) -> dict[nn.Module, NormCa
     with _evaluating(model), torch.no_grad(), _Tracer(model) as tracer:
         try:
             model(*args, **kwargs)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as e:
+        except Exception as e:  # whatever the model's own code raises
+            reason = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:300]}"
             raise ValueError(
                 f"{type(model).__name__} cannot run on the example inputs "
-                f"({_shapes(example_inputs)}): {type(e).__name__}: "
-                f"{(str(e).strip().splitlines() or [''])[0][:300]}. Give a tensor, a tuple of "
-                f"positional arguments or a dict of keyword arguments, on the model's device."
+                f"({type(example_inputs).__name__}, tensors of shape {_shapes(example_inputs)}"
+                f"{_devices(_tensors(example_inputs))}): {reason.rstrip(' :.')}. Its forward takes "
+                f"{inspect.signature(model.forward)}{_devices(model.parameters())}; give a tensor, "
+                f"a tuple of positional arguments or a dict of keyword arguments."
             ) from e
     return tracer.found
 
@@ -216,9 +219,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _shapes(value: Any) -> str:
-    shapes = [tuple(tensor.shape) for tensor in _tensors(value)]
-    return f"{type(value).__name__}, tensors of shape {shapes}"
+def _shapes(value: Any) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in _tensors(value)]
+
+
+def _devices(tensors: Iterable[Tensor]) -> str:
+    devices = sorted({str(tensor.device) for tensor in tensors})
+    return f" on {', '.join(devices)}" if devices else ""
 
 
 @contextlib.contextmanager

@@ -281,19 +281,6 @@ def test_too_few_values_to_a_group_are_avoided_where_they_are_seen():
     assert convert(pooling()).norms[0].num_groups == 32
 
 
-def test_timm_norms_keep_the_activation_inside_them():
-    timm = pytest.importorskip("timm")
-    model = timm.create_model("resnetv2_50", num_classes=3)
-    conversion = convert(model, torch.randn(1, 3, 64, 64))
-    layers = {norm.name: norm.layers for norm in conversion.norms}
-    assert layers["stages.0.blocks.0.norm1"] == ("stem.conv",)
-    assert layers["stages.0.blocks.0.norm2"] == ("stages.0.blocks.0.conv1",)
-    assert layers["stages.0.blocks.1.norm1"] == ("stages.0.blocks.0.conv3",)
-    assert layers["norm"] == ("stages.3.blocks.2.conv3",)
-    assert isinstance(model.norm.act, nn.ReLU)
-    assert model.norm(torch.randn(1, 2048, 2, 2)).min() == 0
-
-
 def test_measured_and_weight_standardization():
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6),
@@ -308,31 +295,3 @@ def test_measured_and_weight_standardization():
     assert fold_weight_standardization(model) == 2
     assert type(model[0]) is nn.Conv2d
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "model, kwargs, message",
-    [
-        (nn.Linear(3, 3), {}, "Linear has no BatchNorm or GroupNorm"),
-        (unpaired(), {"rule": "best"}, "rule must be one of"),
-        (unpaired(), {"on_unpaired": "guess"}, "on_unpaired must be 'error', 'keep'"),
-        (unpaired(), {"on_unpaired": 0}, "on_unpaired must be at least 1"),
-        (unpaired(), {"example_inputs": torch.randn(2, 5, 4, 4)},
-         r"Sequential cannot run on the example inputs \(Tensor, tensors of shape \[\(2, 5, 4"),
-        (unpaired(), {"example_inputs": (1, 2)}, "cannot run on the example inputs"),
-        ("resnet50", {}, "model must be a module that is not scripted, got str"),
-    ],
-)  # fmt: skip
-def test_bad_input(model, kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        convert(model, **kwargs)
-    if isinstance(model, nn.Sequential):
-        assert type(model[2]) is nn.BatchNorm2d
-        assert not any(m._forward_pre_hooks for m in model.modules())
-
-
-def test_scripted_models_are_refused():
-    with pytest.warns(FutureWarning):
-        scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
-    with pytest.raises(ValueError, match="not scripted"):
-        convert(scripted)

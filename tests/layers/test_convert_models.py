@@ -173,3 +173,16 @@ def test_timm_without_norms(name):
         model = timm.create_model(name)
     with pytest.raises(ValueError, match="has no BatchNorm or GroupNorm to convert"):
         convert(model)
+
+
+def test_timm_norms_keep_the_activation_inside_them():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnetv2_50", num_classes=3)
+    conversion = convert(model, torch.randn(1, 3, 64, 64))
+    layers = {norm.name: norm.layers for norm in conversion.norms}
+    assert layers["stages.0.blocks.0.norm1"] == ("stem.conv",)
+    assert layers["stages.0.blocks.0.norm2"] == ("stages.0.blocks.0.conv1",)
+    assert layers["stages.0.blocks.1.norm1"] == ("stages.0.blocks.0.conv3",)
+    assert layers["norm"] == ("stages.3.blocks.2.conv3",)
+    assert isinstance(model.norm.act, nn.ReLU)
+    assert model.norm(torch.randn(1, 2048, 2, 2)).min() == 0
