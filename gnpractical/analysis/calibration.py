@@ -159,12 +159,12 @@ class _Candidates:
     def add(self, call: BlockCall) -> None:
         assert call.output_grad is not None
         values = call.norm_input[0].numel()
-        output = _variance(call.output_grad)
+        output = _variance([call.output_grad])
         inputs = {}
         for num_groups in self._counts if output else ():
             # Fewer values leave no gradient, or one whose variance is infinite.
             if num_groups == 1 or values // num_groups >= MIN_VALUES:
-                variance = _variance(self._input_gradient(call, num_groups))
+                variance = _variance(self._input_gradients(call, num_groups))
                 if variance is not None:
                     inputs[num_groups] = variance
         if output is None or not inputs:
@@ -172,16 +172,15 @@ class _Candidates:
         else:
             self._calls.append((output, inputs))
 
-    def _input_gradient(self, call: BlockCall, num_groups: int) -> Tensor:
-        """dL/dx at the weight layer's input, were the norm's count ``num_groups``."""
+    def _input_gradients(self, call: BlockCall, num_groups: int) -> list[Tensor]:
+        """dL/dx at the weight layers' inputs, were the norm's count ``num_groups``."""
         norm = self.norm
         y = call.norm_input.detach().requires_grad_()
         with torch.enable_grad():
             z = torch.group_norm(y, num_groups, norm.weight, norm.bias, norm.eps)
             out = call.activation(z) if call.activation else z
         (y_grad,) = torch.autograd.grad(out, y, call.output_grad)
-        (x_grad,) = torch.autograd.grad(call.norm_input, call.input, y_grad, retain_graph=True)
-        return x_grad
+        return call.input_gradients(y_grad)
 
     def ratios(self) -> dict[int, float]:
         """By number of groups; a count that one of the calls could not run with is none."""
@@ -211,12 +210,13 @@ class _Candidates:
         )[0]
 
 
-def _variance(gradient: Tensor) -> PooledVariance | None:
-    """None for a gradient that cannot enter a ratio."""
-    if not usable(gradient):
+def _variance(gradients: Sequence[Tensor]) -> PooledVariance | None:
+    """None for gradients that cannot enter a ratio."""
+    if not usable(gradients):
         return None
     variance = PooledVariance()
-    variance.add(gradient)
+    for gradient in gradients:
+        variance.add(gradient)
     return variance
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from gnpractical.analysis.unit_blocks import BlockCall, Loss, find_norms, run_batches
-from gnpractical.layers.pairing import layer_widths, norm_width
+from gnpractical.layers.data_flow import Source
+from gnpractical.layers.pairing import norm_width
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,13 @@ def measure_gradient_variance(
         ValueError: no norm, no batches, batch and model on different devices, or a loss that is
             no finite scalar with a gradient.
     """
-    names = {module: name for name, module in model.named_modules()}
-    blocks = {norm: _Block(norm) for norm in find_norms(model)}
+    names = find_norms(model)
+    blocks = {norm: _Block(norm) for norm in names}
     with contextlib.closing(run_batches(model, batches, loss)) as runs:
         for calls in runs:
             for call in calls:
                 blocks[call.norm].add(call)
-    return [block.result(names) for block in blocks.values()]
+    return [block.result(names[norm]) for norm, block in blocks.items()]
 
 
 def mean_abs_log(blocks: Iterable[BlockGradient]) -> float:
@@ -116,9 +117,11 @@ class PooledVariance:
         return self._squares / self._count - (self._sum / self._count) ** 2
 
 
-def usable(gradient: Tensor) -> bool:
-    """Whether ``gradient`` can enter a ratio: finite, and not the same value throughout."""
-    return bool(torch.isfinite(gradient).all()) and bool((gradient != gradient.flatten()[:1]).any())
+def usable(gradients: Sequence[Tensor]) -> bool:
+    """Whether they can enter a ratio: some, finite, and not the same value throughout."""
+    return all(bool(torch.isfinite(g).all()) for g in gradients) and any(
+        bool((g != g.flatten()[:1]).any()) for g in gradients
+    )
 
 
 class _Block:
@@ -126,35 +129,36 @@ class _Block:
 
     def __init__(self, norm: nn.Module) -> None:
         self.norm = norm
-        self.layers: list[nn.Module] = []
+        self.sources: list[Source] = []
         self.activation: str | None = None
         self.left_out = 0
         self.calls = 0
         self.input, self.output = PooledVariance(), PooledVariance()
 
     def add(self, call: BlockCall) -> None:
-        assert call.input_grad is not None and call.output_grad is not None
+        assert call.norm_grad is not None and call.output_grad is not None
         self.activation = call.activation_name
         self.calls += 1
-        if call.layer not in self.layers:
-            self.layers.append(call.layer)
-        if usable(call.input_grad) and usable(call.output_grad):
-            self.input.add(call.input_grad)
+        if call.source.layers not in [source.layers for source in self.sources]:
+            self.sources.append(call.source)
+        gradients = call.input_gradients(call.norm_grad)
+        if usable(gradients) and usable([call.output_grad]):
+            for gradient in gradients:
+                self.input.add(gradient)
             self.output.add(call.output_grad)
         else:
             self.left_out += 1
 
-    def result(self, names: dict[nn.Module, str]) -> BlockGradient:
-        widths = layer_widths(self.layers[0]) if self.layers else None
+    def result(self, name: str) -> BlockGradient:
         reason = ""
         if not self.calls:
             reason = "it did not run, gets no weight layer's output, or no gradient reaches it"
         elif self.left_out == self.calls:
             reason = "its gradients are not finite or zero throughout"
         return BlockGradient(
-            name=names[self.norm],
-            layer=", ".join(names[layer] for layer in self.layers),
-            in_channels=widths[0] if widths else None,
+            name=name,
+            layer=", ".join(layer for source in self.sources for layer in source.layers),
+            in_channels=self.sources[0].in_channels if self.sources else None,
             out_channels=norm_width(self.norm) or 0,
             num_groups=getattr(self.norm, "num_groups", None),
             activation=self.activation,

@@ -16,31 +16,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.overrides import TorchFunctionMode
 
 from gnpractical.layers.activations import ACTIVATION_FUNCTIONS
-from gnpractical.layers.pairing import layer_widths, norm_width
+from gnpractical.layers.data_flow import DataFlow, Source
+from gnpractical.layers.pairing import norm_width
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
 @dataclass
 class BlockCall:
-    """One call of a unit block in a forward pass, and the gradients at its ends.
+    """One call of a unit block in a forward pass, and the gradients at the norm and the output.
 
-    ``norm_input`` (N, C, *) is still part of the graph that leads to the edge ``input``.
+    ``norm_input`` (N, C, *) is still part of the graph that leads to the layers it comes from.
     """
 
     norm: nn.Module
-    layer: nn.Module
-    input: GradientEdge
+    source: Source
     norm_input: Tensor
+    norm_edge: GradientEdge
     output: GradientEdge
     norm_output: GradientEdge | None = None
     activation: Callable[[Tensor], Tensor] | None = None
     activation_name: str | None = None
-    input_grad: Tensor | None = None
+    norm_grad: Tensor | None = None
     output_grad: Tensor | None = None
+
+    def input_gradients(self, norm_grad: Tensor) -> list[Tensor]:
+        """dL/dx at the input of each feeding layer, for dL/dy = ``norm_grad`` at the norm's input.
+
+        [] where none arrives, as through a detached tensor or a reentrant checkpoint.
+        """
+        return list(_gradients(self.norm_input, self.source, norm_grad))
 
 
 def run_batches(
@@ -56,8 +63,6 @@ def run_batches(
         raise TypeError(f"loss must be a function of the model and a batch, got {loss!r}")
     if torch.is_inference_mode_enabled():
         raise ValueError("gradients cannot be measured inside torch.inference_mode()")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module  # its reducer waits for weight gradients, of which there are none
     find_norms(model)
     none = True
     with _unchanged(model):
@@ -78,80 +83,45 @@ def find_norms(model: nn.Module) -> dict[nn.Module, str]:
     return norms
 
 
-class _Recorder(TorchFunctionMode):
+class _Recorder(DataFlow):
     """Notes the calls of unit blocks while it is active.
 
-    A norm's call belongs to the weight layer whose output it gets, the very tensor, or which it is
-    a part of (Detectron2's convolutions). Hooks see modules only; the mode also sees activations
-    that are plain functions, as most of Detectron2's and torchvision's are.
+    Layers and norms get aliases of their inputs, so that what flows back through each alone can be
+    told apart. As a mode it also sees activations that are plain functions, as most of
+    Detectron2's and torchvision's are.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._model = model
-        self._handles: list[Any] = []
-        # Weight layers now running, with the edge of their input; and the outputs of those that
-        # have run: the tensor (which keeps its id its own), its layer and that edge.
-        self._running: list[tuple[nn.Module, GradientEdge | None]] = []
-        self._layer_outputs: dict[int, tuple[Tensor, nn.Module, GradientEdge]] = {}
-        # Norm outputs: the tensor, its version and its call.
+        super().__init__(model)
+        # Norm outputs: the tensor (which keeps its id its own), its version and its call.
         self._norm_outputs: dict[int, tuple[Tensor, int, BlockCall]] = {}
-        self._norm_inputs: dict[nn.Module, tuple[nn.Module, GradientEdge, Tensor]] = {}
+        self._entered: dict[nn.Module, tuple[Source, Tensor, GradientEdge]] = {}
         self.calls: list[BlockCall] = []
 
-    def __enter__(self) -> _Recorder:
-        for module in self._model.modules():
-            if norm_width(module) is not None:
-                before: Callable = self._enter_norm
-                after: Callable = self._leave_norm
-            elif layer_widths(module) is not None:
-                before, after = self._enter_layer, self._leave_layer
-            else:
-                continue
-            self._handles += [
-                module.register_forward_pre_hook(before, with_kwargs=True),
-                module.register_forward_hook(after),
-            ]
+    def __enter__(self) -> DataFlow:
+        for norm in find_norms(self._model):
+            self._handles.append(norm.register_forward_hook(self._leave_norm))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for handle in self._handles:
-            handle.remove()
-        self._layer_outputs.clear()
         self._norm_outputs.clear()
 
-    def _enter_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
-        key, x = _first_tensor(args, kwargs)
-        if x is None or not x.is_floating_point() or not torch.is_grad_enabled():
-            self._running.append((layer, None))
-            return None
-        # An alias of its own, so that only what flows back through this layer is seen.
+    def at_layer(self, x: Tensor) -> tuple[Tensor, GradientEdge | None]:
+        if not x.is_floating_point() or not torch.is_grad_enabled():
+            return x, None
         x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        self._running.append((layer, get_gradient_edge(x)))
-        if isinstance(key, int):
-            return (x, *args[1:]), kwargs
-        return args, kwargs | {key: x}
+        return x, get_gradient_edge(x)
 
-    def _leave_layer(self, layer: nn.Module, args: tuple, output: Any) -> None:
-        _, edge = self._running.pop()
-        if edge is not None and isinstance(output, Tensor):
-            self._layer_outputs[id(output)] = output, layer, edge
-
-    def _enter_norm(self, norm: nn.Module, args: tuple, kwargs: dict) -> None:
-        _, y = _first_tensor(args, kwargs)
-        if y is None or not y.requires_grad or not y.numel():
-            return
-        if id(y) in self._layer_outputs:
-            _, layer, edge = self._layer_outputs[id(y)]
-            self._norm_inputs[norm] = layer, edge, y
-        elif self._running and norm in self._running[-1][0].children():
-            outer, outer_edge = self._running[-1]
-            if outer_edge is not None:
-                self._norm_inputs[norm] = outer, outer_edge, y
+    def at_norm(self, norm: nn.Module, y: Tensor, source: Source | None) -> Tensor:
+        if source is None or not y.requires_grad or not y.numel():
+            return y
+        alias = y.view_as(y)
+        self._entered[norm] = source, y, get_gradient_edge(alias)
+        return alias
 
     def _leave_norm(self, norm: nn.Module, args: tuple, output: Tensor) -> None:
-        entered = self._norm_inputs.pop(norm, None)
+        entered = self._entered.pop(norm, None)
         if entered is not None:
             call = BlockCall(norm, *entered, output=get_gradient_edge(output))
             self._norm_outputs[id(output)] = output, output._version, call
@@ -164,7 +134,7 @@ class _Recorder(TorchFunctionMode):
             for tensor in (*args, *kwargs.values())
             if (entry := self._norm_outputs.get(id(tensor))) and tensor._version == entry[1]
         ]
-        result = func(*args, **kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)
         # Reading a shape is no use; nor is what no gradient comes back from.
         if used and isinstance(result, Tensor) and result.requires_grad:
             for entry in used:
@@ -188,30 +158,44 @@ class _Recorder(TorchFunctionMode):
             self._norm_outputs.pop(id(tensor), None)
 
 
-def _first_tensor(args: tuple, kwargs: dict) -> tuple[int | str, Tensor | None]:
-    """The first argument, by place or as ``input`` or ``x``, if it is a tensor."""
-    if args:
-        return 0, args[0] if isinstance(args[0], Tensor) else None
-    for key in ("input", "x"):
-        if isinstance(kwargs.get(key), Tensor):
-            return key, kwargs[key]
-    return 0, None
+def _gradients(tensor: Tensor, source: Source, gradient: Tensor) -> Iterator[Tensor]:
+    """What ``gradient`` at ``tensor`` is at the inputs of the layers that ``tensor`` comes from.
+
+    Part by part: the layers of one part of a concatenation may come before those of another.
+    """
+    if source.edge is None:
+        return
+    (gradient,) = torch.autograd.grad(
+        tensor, source.edge, gradient, retain_graph=True, allow_unused=True
+    )
+    if gradient is None:
+        return
+    if not source.parts:
+        yield gradient
+        return
+    pieces = gradient.split([part.tensor.shape[1] for part in source.parts], 1)
+    for part, piece in zip(source.parts, pieces, strict=True):
+        if part.tensor._version == part.version:
+            yield from _gradients(part.tensor, part.source, piece)
 
 
 def _run(model: nn.Module, batch: Any, loss: Loss) -> list[BlockCall]:
     """The calls of one forward pass that a gradient reached, with the gradients."""
-    with _Recorder(model) as recorder:
+    recorder = _Recorder(model)
+    with recorder:
         value = _loss_value(model, batch, loss)
     if not recorder.calls:
         return []
-    edges = [edge for call in recorder.calls for edge in (call.input, call.output)]
+    edges = [edge for call in recorder.calls for edge in (call.norm_edge, call.output)]
     gradients = torch.autograd.grad(value, edges, retain_graph=True, allow_unused=True)
-    for call, x, out in zip(recorder.calls, gradients[::2], gradients[1::2], strict=True):
-        call.input_grad, call.output_grad = x, out
-    return [c for c in recorder.calls if c.input_grad is not None and c.output_grad is not None]
+    for call, y, out in zip(recorder.calls, gradients[::2], gradients[1::2], strict=True):
+        call.norm_grad, call.output_grad = y, out
+    return [c for c in recorder.calls if c.norm_grad is not None and c.output_grad is not None]
 
 
 def _loss_value(model: nn.Module, batch: Any, loss: Loss) -> Tensor:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module  # its reducer waits for weight gradients, of which there are none
     try:
         with torch.enable_grad():
             value = loss(model, batch)

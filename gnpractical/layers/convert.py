@@ -15,8 +15,9 @@ from tabulate import tabulate
 from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from gnpractical.layers.data_flow import NormCalls, Source, trace_norms
+from gnpractical.layers.data_flow import Source
 from gnpractical.layers.group_norm import MIN_VALUES, PracticalGroupNorm
+from gnpractical.layers.norm_calls import NormCalls, trace_norms
 from gnpractical.layers.pairing import find_pairs, layer_widths, norm_width
 from gnpractical.layers.weight_standardization import standardize_layer
 from gnpractical.num_groups import check_num_groups, check_width, divisors

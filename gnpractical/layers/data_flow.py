@@ -1,6 +1,6 @@
-"""Which weight layer's output reaches each norm, found by running the model on example inputs.
+"""Which weight layers each tensor of a forward pass comes from.
 
-Every tensor of the forward pass is tagged with the weight layers it comes from:
+Every tensor is tagged:
 
 * the output of a convolution or linear layer, module or function, comes from that layer;
 * a concatenation along the channels comes from all its parts, whose widths add up: side by side
@@ -12,17 +12,17 @@ Every tensor of the forward pass is tagged with the weight layers it comes from:
 
 from __future__ import annotations
 
-import contextlib
-import inspect
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from gnpractical.layers.pairing import layer_widths, norm_width
 
@@ -40,128 +40,139 @@ class Source:
         in_channels, out_channels: their widths, added up over concatenated layers.
         layers: their paths in the model; "" stands for a function without a module.
         order: when the last of them ran.
+        edge: where gradients are found, if there are any: at one layer's input, at the output of
+            a concatenation.
+        parts: what was concatenated, if gradients can be asked for.
     """
 
     in_channels: int
     out_channels: int
     layers: tuple[str, ...]
     order: int
+    edge: GradientEdge | None = field(default=None, compare=False)
+    parts: tuple[Part, ...] = field(default=(), compare=False)
 
 
-@dataclass
-class NormCalls:
-    """The calls of one norm.
+@dataclass(frozen=True)
+class Part:
+    """A tensor that was concatenated with others, its version then, and where it comes from."""
 
-    Attributes:
-        sources: of its inputs, each once; None for an input that no weight layer has touched.
-        positions: the smallest number of values a channel of its inputs had, such as H W.
-    """
-
-    sources: list[Source | None]
-    positions: int
+    tensor: Tensor
+    version: int
+    source: Source
 
 
-def trace_norms(model: nn.Module, example_inputs: Any) -> dict[nn.Module, NormCalls]:
-    """The calls of every norm that runs.
+@dataclass(frozen=True)
+class _Running:
+    """A weight layer whose forward is being run, the ``order`` at its start, its input's edge."""
 
-    Args:
-        model: runs once, in evaluation mode and without gradients; unchanged afterwards.
-        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
-
-    Raises:
-        ValueError: the model could not run on these inputs; the message has PyTorch's.
-    """
-    args: tuple = (example_inputs,)
-    kwargs: dict[str, Any] = {}
-    if isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
-    elif isinstance(example_inputs, tuple):
-        args = example_inputs
-    with _evaluating(model), torch.no_grad(), _Tracer(model) as tracer:
-        try:
-            model(*args, **kwargs)
-        except Exception as e:  # whatever the model's own code raises
-            reason = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:300]}"
-            raise ValueError(
-                f"{type(model).__name__} cannot run on the example inputs "
-                f"({type(example_inputs).__name__}, tensors of shape {_shapes(example_inputs)}"
-                f"{_devices(_tensors(example_inputs))}): {reason.rstrip(' :.')}. Its forward takes "
-                f"{inspect.signature(model.forward)}{_devices(model.parameters())}; give a tensor, "
-                f"a tuple of positional arguments or a dict of keyword arguments."
-            ) from e
-    return tracer.found
+    name: str
+    layer: nn.Module
+    started: int
+    edge: GradientEdge | None
 
 
-class _Tracer(TorchFunctionMode):
+class DataFlow(TorchFunctionMode):
+    """Tags tensors while it is active; subclasses say what is done where a layer or norm begins."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.found: dict[nn.Module, NormCalls] = {}
         self._model = model
-        self._running: list[str] = []  # weight layers whose forward is being run
+        self._sources = WeakTensorKeyDictionary()
+        self._running: list[_Running] = []  # weight layers whose forward is being run
         self._order = 0
         self._handles: list[Any] = []
 
-    def __enter__(self) -> _Tracer:
+    def at_layer(self, x: Tensor) -> tuple[Tensor, GradientEdge | None]:
+        """What a weight layer gets for its input x, and where x's gradient will be found."""
+        return x, None
+
+    def at_norm(self, norm: nn.Module, y: Tensor, source: Source | None) -> Tensor:
+        """What a norm gets for its input y, which comes from ``source``."""
+        raise NotImplementedError
+
+    def __enter__(self) -> DataFlow:
         for name, module in self._model.named_modules():
             if norm_width(module) is not None:
-                self._handles.append(module.register_forward_pre_hook(self._enter_norm))
+                enter: Callable = self._enter_norm
             elif layer_widths(module) is not None:
-                enter, leave = self._layer_hooks(name)
-                self._handles.append(module.register_forward_pre_hook(enter))
-                self._handles.append(module.register_forward_hook(leave, always_call=True))
+                enter = partial(self._enter_layer, name)
+                leave = module.register_forward_hook(self._leave_layer, always_call=True)
+                self._handles.append(leave)
+            else:
+                continue
+            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         for handle in self._handles:
             handle.remove()
+        self._sources.clear()
 
-    def _layer_hooks(self, name: str) -> tuple[Callable, Callable]:
-        started: list[int] = []
+    def _enter_layer(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        key, x = _first_tensor(args, kwargs)
+        edge = None
+        if x is not None:
+            x, edge = self.at_layer(x)
+            args, kwargs = _with_first(args, kwargs, key, x)
+        self._running.append(_Running(name, layer, self._order, edge))
+        return args, kwargs
 
-        def enter(module: nn.Module, args: Any) -> None:
-            self._running.append(name)
-            started.append(self._order)
+    def _leave_layer(self, layer: nn.Module, args: Any, output: Any) -> None:
+        running = self._running.pop()
+        if isinstance(output, Tensor) and not self._ran(running, output):
+            self._sources[output] = self._layer_source(running)
 
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self._running.pop()
-            source, widths = _source(output), layer_widths(module)
-            ran = source is not None and source.order > started.pop()
-            if isinstance(output, Tensor) and not ran and widths is not None:
-                self._tag(output, *widths, name)  # its operation is none of the known functions
+    def _enter_norm(self, norm: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        key, y = _first_tensor(args, kwargs)
+        if y is None:
+            return args, kwargs
+        source = self._source(y)
+        running = self._running[-1] if self._running else None
+        # Detectron2's norms are inside their convolutions.
+        if running and norm in running.layer.children() and not self._ran(running, y):
+            source = self._layer_source(running)
+        return _with_first(args, kwargs, key, self.at_norm(norm, y, source))
 
-        return enter, leave
+    def _ran(self, running: _Running, output: Tensor) -> bool:
+        """Whether ``output`` is tagged already; if not, its operation is no known function."""
+        source = self._source(output)
+        return source is not None and source.order > running.started
 
-    def _enter_norm(self, norm: nn.Module, args: Any) -> None:
-        if not args:
-            return
-        source, positions = _source(args[0]), math.prod(args[0].shape[2:])
-        calls = self.found.setdefault(norm, NormCalls([], positions))
-        calls.positions = min(calls.positions, positions)
-        if source not in calls.sources:
-            calls.sources.append(source)
-
-    def _tag(self, tensor: Tensor, in_channels: int, out_channels: int, name: str) -> None:
+    def _layer_source(
+        self, running: _Running | None, widths: tuple[int, int] | None = None
+    ) -> Source:
         self._order += 1
-        tensor._gnp_source = Source(  # type: ignore[attr-defined]
-            in_channels, out_channels, (name,), self._order
-        )
+        if running is None:
+            assert widths is not None
+            return Source(*widths, ("",), self._order)
+        widths = widths or layer_widths(running.layer)
+        assert widths is not None
+        return Source(*widths, (running.name,), self._order, running.edge)
+
+    def _source(self, value: Any) -> Source | None:
+        return self._sources.get(value) if isinstance(value, Tensor) else None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        inputs = list(_tensors((args, kwargs)))
-        sources = [_source(tensor) for tensor in inputs]
+        inputs = list(tensors_in((args, kwargs)))
+        sources = [self._source(tensor) for tensor in inputs]
         shapes = [tensor.shape for tensor in inputs]
         result = func(*args, **kwargs)
         widths = _function_widths(func, args, kwargs)
         if widths is not None:
             if isinstance(result, Tensor):
-                self._tag(result, *widths, self._running[-1] if self._running else "")
+                running = self._running[-1] if self._running else None
+                self._sources[result] = self._layer_source(running, widths)
         elif any(source is not None for source in sources):
-            for output in _tensors(result):
-                source = _passed_on(func, args, kwargs, sources, shapes, output)
+            for output in tensors_in(result):
+                if _joins_channels(func, args, kwargs, output):
+                    source = _side_by_side(inputs, sources, output)
+                else:
+                    source = _last(sources, shapes, output)
                 if source is not None:
-                    output._gnp_source = source  # type: ignore[attr-defined]
+                    self._sources[output] = source
         return result
 
 
@@ -178,62 +189,57 @@ def _function_widths(func: Callable, args: tuple, kwargs: dict) -> tuple[int, in
     return weight.shape[1] * groups, weight.shape[0]
 
 
-def _passed_on(
-    func: Callable,
-    args: tuple,
-    kwargs: dict,
-    sources: list[Source | None],
-    shapes: list[torch.Size],
-    output: Tensor,
+def _joins_channels(func: Callable, args: tuple, kwargs: dict, output: Tensor) -> bool:
+    if func not in _CATENATIONS:
+        return False
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+    return dim % output.dim() == 1
+
+
+def _side_by_side(
+    tensors: list[Tensor], sources: list[Source | None], output: Tensor
 ) -> Source | None:
-    if func in _CATENATIONS:
-        dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-        if dim % output.dim() == 1:
-            if None in sources:
-                return None
-            parts = [source for source in sources if source is not None]
-            return Source(
-                sum(part.in_channels for part in parts),
-                sum(part.out_channels for part in parts),
-                tuple(name for part in parts for name in part.layers),
-                max(part.order for part in parts),
-            )
+    parts = [Part(t, t._version, s) for t, s in zip(tensors, sources, strict=True) if s]
+    if len(parts) < len(sources):
+        return None
+    return Source(
+        sum(part.source.in_channels for part in parts),
+        sum(part.source.out_channels for part in parts),
+        tuple(name for part in parts for name in part.source.layers),
+        max(part.source.order for part in parts),
+        get_gradient_edge(output) if output.requires_grad else None,
+        tuple(parts) if output.requires_grad else (),  # else nothing will ask for them
+    )
+
+
+def _last(sources: list[Source | None], shapes: list[torch.Size], output: Tensor) -> Source:
     # What is broadcast over the others (a gate, a scale) does not say where the values come from.
     whole = [s for s, shape in zip(sources, shapes, strict=True) if s and shape == output.shape]
     candidates = whole or [source for source in sources if source is not None]
     return max(candidates, key=lambda source: source.order)
 
 
-def _source(value: Any) -> Source | None:
-    return getattr(value, "_gnp_source", None) if isinstance(value, Tensor) else None
+def _first_tensor(args: tuple, kwargs: dict) -> tuple[int | str, Tensor | None]:
+    """The first argument, by place or as ``input`` or ``x``, if it is a tensor."""
+    if args:
+        return 0, args[0] if isinstance(args[0], Tensor) else None
+    for key in ("input", "x"):
+        if isinstance(kwargs.get(key), Tensor):
+            return key, kwargs[key]
+    return 0, None
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _with_first(args: tuple, kwargs: dict, key: int | str, x: Tensor) -> tuple[tuple, dict]:
+    return ((x, *args[1:]), kwargs) if isinstance(key, int) else (args, kwargs | {key: x})
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
-
-
-def _shapes(value: Any) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape) for tensor in _tensors(value)]
-
-
-def _devices(tensors: Iterable[Tensor]) -> str:
-    devices = sorted({str(tensor.device) for tensor in tensors})
-    return f" on {', '.join(devices)}" if devices else ""
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+            yield from tensors_in(item)
