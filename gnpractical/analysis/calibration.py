@@ -158,7 +158,7 @@ class _Candidates:
 
     def add(self, call: BlockCall) -> None:
         assert call.output_grad is not None
-        values = call.norm_input[0].numel()
+        values = call.fed.tensor[0].numel()
         output = _variance([call.output_grad])
         inputs = {}
         for num_groups in self._counts if output else ():
@@ -175,7 +175,7 @@ class _Candidates:
     def _input_gradients(self, call: BlockCall, num_groups: int) -> list[Tensor]:
         """dL/dx at the weight layers' inputs, were the norm's count ``num_groups``."""
         norm = self.norm
-        y = call.norm_input.detach().requires_grad_()
+        y = call.fed.tensor.detach().requires_grad_()
         with torch.enable_grad():
             z = torch.group_norm(y, num_groups, norm.weight, norm.bias, norm.eps)
             out = call.activation(z) if call.activation else z

@@ -136,12 +136,12 @@ class _Block:
         self.input, self.output = PooledVariance(), PooledVariance()
 
     def add(self, call: BlockCall) -> None:
-        assert call.norm_grad is not None and call.output_grad is not None
+        assert call.output_grad is not None
         self.activation = call.activation_name
         self.calls += 1
-        if call.source.layers not in [source.layers for source in self.sources]:
-            self.sources.append(call.source)
-        gradients = call.input_gradients(call.norm_grad)
+        if call.fed.source.layers not in [source.layers for source in self.sources]:
+            self.sources.append(call.fed.source)
+        gradients = call.input_gradients()
         if usable(gradients) and usable([call.output_grad]):
             for gradient in gradients:
                 self.input.add(gradient)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gnpractical.layers.activations import ACTIVATION_FUNCTIONS
-from gnpractical.layers.data_flow import DataFlow, Source
+from gnpractical.layers.data_flow import DataFlow, Source, Tagged
 from gnpractical.layers.pairing import norm_width
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -28,12 +28,19 @@ Loss = Callable[[nn.Module, Any], Tensor]
 class BlockCall:
     """One call of a unit block in a forward pass, and the gradients at the norm and the output.
 
-    ``norm_input`` (N, C, *) is still part of the graph that leads to the layers it comes from.
+    Attributes:
+        fed: the norm's input (N, C, *), still part of the graph that leads to the layers it comes
+            from.
+        layer_edges: of the layer's output and its input, if one layer's very output is the norm's
+            input, else ().
+        norm_edge: where what flows back through this norm alone is found.
+        norm_grad, output_grad: the gradient there, and at the block's output.
+        input_grad: at the layer's input, if it came without further work.
     """
 
     norm: nn.Module
-    source: Source
-    norm_input: Tensor
+    fed: Tagged
+    layer_edges: tuple[GradientEdge, ...]
     norm_edge: GradientEdge
     output: GradientEdge
     norm_output: GradientEdge | None = None
@@ -41,13 +48,20 @@ class BlockCall:
     activation_name: str | None = None
     norm_grad: Tensor | None = None
     output_grad: Tensor | None = None
+    input_grad: Tensor | None = None
 
-    def input_gradients(self, norm_grad: Tensor) -> list[Tensor]:
-        """dL/dx at the input of each feeding layer, for dL/dy = ``norm_grad`` at the norm's input.
+    def input_gradients(self, norm_grad: Tensor | None = None) -> list[Tensor]:
+        """dL/dx at the input of each feeding layer, of what flows back through this norm alone.
 
-        [] where none arrives, as through a detached tensor or a reentrant checkpoint.
+        For ``norm_grad``, or else the measured dL/dy, at the norm's input. [] where none arrives,
+        as through a detached tensor or a reentrant checkpoint.
         """
-        return list(_gradients(self.norm_input, self.source, norm_grad))
+        if norm_grad is None:
+            if self.input_grad is not None:
+                return [self.input_grad]
+            norm_grad = self.norm_grad
+            assert norm_grad is not None
+        return _gradients(self.fed, norm_grad)
 
 
 def run_batches(
@@ -95,7 +109,7 @@ class _Recorder(DataFlow):
         super().__init__(model)
         # Norm outputs: the tensor (which keeps its id its own), its version and its call.
         self._norm_outputs: dict[int, tuple[Tensor, int, BlockCall]] = {}
-        self._entered: dict[nn.Module, tuple[Source, Tensor, GradientEdge]] = {}
+        self._entered: dict[nn.Module, tuple] = {}
         self.calls: list[BlockCall] = []
 
     def __enter__(self) -> DataFlow:
@@ -117,7 +131,11 @@ class _Recorder(DataFlow):
         if source is None or not y.requires_grad or not y.numel():
             return y
         alias = y.view_as(y)
-        self._entered[norm] = source, y, get_gradient_edge(alias)
+        layer_edges: tuple[GradientEdge, ...] = ()
+        if source.input and source.output == (edge := get_gradient_edge(y)):
+            layer_edges = edge, source.input
+        fed = Tagged(y, y._version, source)
+        self._entered[norm] = fed, layer_edges, get_gradient_edge(alias)
         return alias
 
     def _leave_norm(self, norm: nn.Module, args: tuple, output: Tensor) -> None:
@@ -158,25 +176,23 @@ class _Recorder(DataFlow):
             self._norm_outputs.pop(id(tensor), None)
 
 
-def _gradients(tensor: Tensor, source: Source, gradient: Tensor) -> Iterator[Tensor]:
-    """What ``gradient`` at ``tensor`` is at the inputs of the layers that ``tensor`` comes from.
+def _gradients(at: Tagged, gradient: Tensor) -> list[Tensor]:
+    """What ``gradient`` at a tensor is at the input of each layer that the tensor comes from.
 
-    Part by part: the layers of one part of a concatenation may come before those of another.
+    Part by part, because one part of a concatenation may have been computed from another. [] where
+    none arrives at one of the layers.
     """
-    if source.edge is None:
-        return
-    (gradient,) = torch.autograd.grad(
-        tensor, source.edge, gradient, retain_graph=True, allow_unused=True
-    )
-    if gradient is None:
-        return
-    if not source.parts:
-        yield gradient
-        return
-    pieces = gradient.split([part.tensor.shape[1] for part in source.parts], 1)
-    for part, piece in zip(source.parts, pieces, strict=True):
-        if part.tensor._version == part.version:
-            yield from _gradients(part.tensor, part.source, piece)
+    tensor, parts = at.tensor, at.source.parts
+    edge = at.source.output if parts else at.source.input
+    # Changed in place since: the graph behind it is no longer that of the tensor that was tagged.
+    if edge is None or not tensor.requires_grad or tensor._version != at.version:
+        return []
+    (gradient,) = torch.autograd.grad(tensor, edge, gradient, retain_graph=True, allow_unused=True)
+    if gradient is None or not parts:
+        return [] if gradient is None else [gradient]
+    pieces = gradient.split([part.tensor.shape[1] for part in parts], 1)
+    found = [_gradients(part, piece) for part, piece in zip(parts, pieces, strict=True)]
+    return [g for of_part in found for g in of_part] if all(found) else []
 
 
 def _run(model: nn.Module, batch: Any, loss: Loss) -> list[BlockCall]:
@@ -186,11 +202,18 @@ def _run(model: nn.Module, batch: Any, loss: Loss) -> list[BlockCall]:
         value = _loss_value(model, batch, loss)
     if not recorder.calls:
         return []
-    edges = [edge for call in recorder.calls for edge in (call.norm_edge, call.output)]
-    gradients = torch.autograd.grad(value, edges, retain_graph=True, allow_unused=True)
-    for call, y, out in zip(recorder.calls, gradients[::2], gradients[1::2], strict=True):
-        call.norm_grad, call.output_grad = y, out
-    return [c for c in recorder.calls if c.norm_grad is not None and c.output_grad is not None]
+    calls, direct = recorder.calls, [call for call in recorder.calls if call.layer_edges]
+    edges = [edge for call in calls for edge in (call.norm_edge, call.output)]
+    edges += [edge for call in direct for edge in call.layer_edges]
+    gradients = iter(torch.autograd.grad(value, edges, retain_graph=True, allow_unused=True))
+    for call in calls:
+        call.norm_grad, call.output_grad = next(gradients), next(gradients)
+    for call in direct:
+        y, x = next(gradients), next(gradients)
+        # Almost always nothing but the norm reads the layer's output; then no more is to be done.
+        if y is not None and call.norm_grad is not None and torch.equal(y, call.norm_grad):
+            call.input_grad = x
+    return [c for c in calls if c.norm_grad is not None and c.output_grad is not None]
 
 
 def _loss_value(model: nn.Module, batch: Any, loss: Loss) -> Tensor:

@@ -40,22 +40,23 @@ class Source:
         in_channels, out_channels: their widths, added up over concatenated layers.
         layers: their paths in the model; "" stands for a function without a module.
         order: when the last of them ran.
-        edge: where gradients are found, if there are any: at one layer's input, at the output of
-            a concatenation.
-        parts: what was concatenated, if gradients can be asked for.
+        input, output: where gradients are found, if there are any: at the input of one layer, at
+            its output or that of a concatenation.
+        parts: what was concatenated, if there are gradients.
     """
 
     in_channels: int
     out_channels: int
     layers: tuple[str, ...]
     order: int
-    edge: GradientEdge | None = field(default=None, compare=False)
-    parts: tuple[Part, ...] = field(default=(), compare=False)
+    input: GradientEdge | None = field(default=None, compare=False)
+    output: GradientEdge | None = field(default=None, compare=False)
+    parts: tuple[Tagged, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
-class Part:
-    """A tensor that was concatenated with others, its version then, and where it comes from."""
+class Tagged:
+    """A tensor, its version at the time, and where it comes from."""
 
     tensor: Tensor
     version: int
@@ -69,7 +70,7 @@ class _Running:
     name: str
     layer: nn.Module
     started: int
-    edge: GradientEdge | None
+    input: GradientEdge | None
 
 
 class DataFlow(TorchFunctionMode):
@@ -122,7 +123,7 @@ class DataFlow(TorchFunctionMode):
     def _leave_layer(self, layer: nn.Module, args: Any, output: Any) -> None:
         running = self._running.pop()
         if isinstance(output, Tensor) and not self._ran(running, output):
-            self._sources[output] = self._layer_source(running)
+            self._sources[output] = self._layer_source(output, running)
 
     def _enter_norm(self, norm: nn.Module, args: tuple, kwargs: dict) -> tuple:
         key, y = _first_tensor(args, kwargs)
@@ -132,7 +133,7 @@ class DataFlow(TorchFunctionMode):
         running = self._running[-1] if self._running else None
         # Detectron2's norms are inside their convolutions.
         if running and norm in running.layer.children() and not self._ran(running, y):
-            source = self._layer_source(running)
+            source = self._layer_source(y, running)
         return _with_first(args, kwargs, key, self.at_norm(norm, y, source))
 
     def _ran(self, running: _Running, output: Tensor) -> bool:
@@ -141,7 +142,7 @@ class DataFlow(TorchFunctionMode):
         return source is not None and source.order > running.started
 
     def _layer_source(
-        self, running: _Running | None, widths: tuple[int, int] | None = None
+        self, output: Tensor, running: _Running | None, widths: tuple[int, int] | None = None
     ) -> Source:
         self._order += 1
         if running is None:
@@ -149,28 +150,30 @@ class DataFlow(TorchFunctionMode):
             return Source(*widths, ("",), self._order)
         widths = widths or layer_widths(running.layer)
         assert widths is not None
-        return Source(*widths, (running.name,), self._order, running.edge)
+        return Source(*widths, (running.name,), self._order, running.input, _edge(output))
 
     def _source(self, value: Any) -> Source | None:
         return self._sources.get(value) if isinstance(value, Tensor) else None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        inputs = list(tensors_in((args, kwargs)))
-        sources = [self._source(tensor) for tensor in inputs]
-        shapes = [tensor.shape for tensor in inputs]
         result = func(*args, **kwargs)
+        outputs = list(tensors_in(result))
+        if not outputs:  # most calls only read a shape and the like
+            return result
         widths = _function_widths(func, args, kwargs)
         if widths is not None:
-            if isinstance(result, Tensor):
-                running = self._running[-1] if self._running else None
-                self._sources[result] = self._layer_source(running, widths)
-        elif any(source is not None for source in sources):
-            for output in tensors_in(result):
+            running = self._running[-1] if self._running else None
+            self._sources[result] = self._layer_source(result, running, widths)
+            return result
+        inputs = list(tensors_in((args, kwargs)))
+        sources = [self._source(tensor) for tensor in inputs]
+        if any(source is not None for source in sources):
+            for output in outputs:
                 if _joins_channels(func, args, kwargs, output):
                     source = _side_by_side(inputs, sources, output)
                 else:
-                    source = _last(sources, shapes, output)
+                    source = _last(sources, [tensor.shape for tensor in inputs], output)
                 if source is not None:
                     self._sources[output] = source
         return result
@@ -199,7 +202,7 @@ def _joins_channels(func: Callable, args: tuple, kwargs: dict, output: Tensor) -
 def _side_by_side(
     tensors: list[Tensor], sources: list[Source | None], output: Tensor
 ) -> Source | None:
-    parts = [Part(t, t._version, s) for t, s in zip(tensors, sources, strict=True) if s]
+    parts = [Tagged(t, t._version, s) for t, s in zip(tensors, sources, strict=True) if s]
     if len(parts) < len(sources):
         return None
     return Source(
@@ -207,8 +210,8 @@ def _side_by_side(
         sum(part.source.out_channels for part in parts),
         tuple(name for part in parts for name in part.source.layers),
         max(part.source.order for part in parts),
-        get_gradient_edge(output) if output.requires_grad else None,
-        tuple(parts) if output.requires_grad else (),  # else nothing will ask for them
+        output=_edge(output),
+        parts=tuple(parts) if output.requires_grad else (),  # else nothing will ask for them
     )
 
 
@@ -217,6 +220,10 @@ def _last(sources: list[Source | None], shapes: list[torch.Size], output: Tensor
     whole = [s for s, shape in zip(sources, shapes, strict=True) if s and shape == output.shape]
     candidates = whole or [source for source in sources if source is not None]
     return max(candidates, key=lambda source: source.order)
+
+
+def _edge(output: Tensor) -> GradientEdge | None:
+    return get_gradient_edge(output) if output.requires_grad else None
 
 
 def _first_tensor(args: tuple, kwargs: dict) -> tuple[int | str, Tensor | None]:
