@@ -1,9 +1,13 @@
 """The gradient's variance across every unit block of a real model, measured on real data.
 
 A unit block is weight layer -> norm -> activation. Its K is the variance of dL/dx at the weight
-layer's input, of what flows back through this layer alone, over the variance of dL/dx at the
-activation's output, or at the norm's where no activation follows directly (before a residual
+layer's input, of what flows back through this norm and this layer alone, over the variance of dL/dx
+at the activation's output, or at the norm's where no activation follows directly (before a residual
 addition, for example). 1 is isometric; Definition 1 of arXiv 2302.03193.
+
+Which layer that is, ``layers.data_flow`` says. What else lies between it and the norm (pooling, a
+residual addition) is part of the block; what reaches the layer past the norm, by a shortcut, is not
+counted. Layers whose outputs are concatenated are one layer, its input all of theirs.
 """
 
 from __future__ import annotations
@@ -28,8 +32,9 @@ class BlockGradient:
 
     Attributes:
         name: path of the norm.
-        layer: path of the weight layer whose output it got, of several if there were; "" if none.
-        in_channels, out_channels: width of that layer's input (of the first), and of the norm.
+        layer: path of the weight layer that feeds it, of several if there were; "" if none.
+        in_channels, out_channels: width of that layer's input (of the first call, and added up
+            where several are concatenated), and of the norm.
         num_groups: G; None for norms without groups.
         activation: the activation that follows the norm directly, such as "relu", or None.
         input_variance, output_variance: of the gradient at the block's two ends, over all
@@ -64,7 +69,9 @@ def measure_gradient_variance(
 
     A block that runs several times (a head shared by feature levels) is measured over all its
     calls. Takes one forward and one backward pass a batch, the latter without weight gradients,
-    and holds the gradients of all blocks at once. Layers inside a reentrant
+    and holds the gradients of all blocks at once. A norm that gets something else than one layer's
+    output, or shares it, takes its layers' input gradients besides; in a DenseNet, where most norms
+    have many, this is several times the rest. Layers inside a reentrant
     ``torch.utils.checkpoint`` cannot be measured; with ``use_reentrant=False`` they can.
 
     Args:

@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,7 +110,7 @@ class _Recorder(DataFlow):
         super().__init__(model)
         # Norm outputs: the tensor (which keeps its id its own), its version and its call.
         self._norm_outputs: dict[int, tuple[Tensor, int, BlockCall]] = {}
-        self._entered: dict[nn.Module, tuple] = {}
+        self._entered: dict[nn.Module, Callable[..., BlockCall]] = {}
         self.calls: list[BlockCall] = []
 
     def __enter__(self) -> DataFlow:
@@ -135,13 +136,13 @@ class _Recorder(DataFlow):
         if source.input and source.output == (edge := get_gradient_edge(y)):
             layer_edges = edge, source.input
         fed = Tagged(y, y._version, source)
-        self._entered[norm] = fed, layer_edges, get_gradient_edge(alias)
+        self._entered[norm] = partial(BlockCall, norm, fed, layer_edges, get_gradient_edge(alias))
         return alias
 
     def _leave_norm(self, norm: nn.Module, args: tuple, output: Tensor) -> None:
         entered = self._entered.pop(norm, None)
         if entered is not None:
-            call = BlockCall(norm, *entered, output=get_gradient_edge(output))
+            call = entered(get_gradient_edge(output))
             self._norm_outputs[id(output)] = output, output._version, call
             self.calls.append(call)
 

@@ -109,7 +109,6 @@ class DataFlow(TorchFunctionMode):
         super().__exit__(*error)
         for handle in self._handles:
             handle.remove()
-        self._sources.clear()
 
     def _enter_layer(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
         key, x = _first_tensor(args, kwargs)
