@@ -4,8 +4,8 @@ K (see ``gradient_isometry``) of a candidate G follows from what one pass record
 the norm's input, the gradient at the block's output, and the graph between layer and norm. So all
 candidates of all layers are evaluated from one forward and one backward pass, at the price of each
 candidate's norm and of the input gradients of the layers that feed it, instead of a pass of the
-whole model each. A choice changes what later and earlier layers see; the pass is therefore repeated with
-the new counts, and only the divisors next to each, until none changes.
+whole model each. A choice changes what later and earlier layers see; the pass is therefore
+repeated with the new counts, and only the divisors next to each, until none changes.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ class _Block:
         if not self.calls:
             reason = "it did not run, gets no weight layer's output, or no gradient reaches it"
         elif self.left_out == self.calls:
-            reason = "its gradients are not finite or zero throughout"
+            reason = "its gradients are not finite, zero throughout, or do not reach its layers"
         return BlockGradient(
             name=name,
             layer=", ".join(layer for source in self.sources for layer in source.layers),
