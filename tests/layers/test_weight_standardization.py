@@ -69,7 +69,7 @@ def test_half_weights_keep_their_dtype():
 def test_constant_filter_is_zero_and_its_gradient_finite():
     weight = torch.full((2, 3, 3, 3), 0.7, requires_grad=True)
     out = standardize_weight(weight)
-    assert out.abs().max() == 0
+    assert out.abs().max() < 0.01  # the rounding of the mean, over eps
     out.sum().backward()
     assert torch.isfinite(weight.grad).all()
 
