@@ -29,6 +29,10 @@ setup(
     extras_require={
         # gnpractical.tv and tools/train_torchvision.py; Detectron2 brings both itself.
         "tv": ["tensorboard", "torchvision"],
-        "dev": ["pytest==9.0.3", "ruff==0.14.5", "mypy==1.18.2", "types-tabulate", "types-tqdm"],
+        "dev": [
+            "pytest==9.0.3", "ruff==0.14.5", "mypy==1.18.2", "types-tabulate", "types-tqdm",
+            # The tests of conversion and export.
+            "onnx", "onnxruntime", "onnxscript", "timm",
+        ],
     },
 )

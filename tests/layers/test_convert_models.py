@@ -1,7 +1,8 @@
 """Every model of torchvision, and one or more of each family of timm's, converted and trained a
 step on the smallest input that works.
 
-By default the smallest of each family of torchvision. All of them (2 minutes on one core, 7 GB):
+By default the smallest of each family of torchvision and a few of timm. All of them (2 minutes on
+one core, 7 GB):
 
     GNP_ALL_MODELS=1 python -m pytest tests/layers/test_convert_models.py
 """
@@ -152,7 +153,15 @@ TIMM_WITHOUT_NORMS = ["convnext_atto", "vit_tiny_patch16_224", "nfnet_l0", "resn
 TIMM_SIZES = {"lambda_resnet26t": 256, "inception_v3": 299, "inception_v4": 299}
 
 
-@pytest.mark.parametrize("name", TIMM)
+TIMM_REPRESENTATIVES = [
+    "resnet26t", "resnest14d", "resnetv2_50d_gn", "regnetz_005", "densenetblur121d", "mixnet_s",
+    "hrnet_w18_small", "repvgg_a0", "levit_128s", "fastvit_t8", "dpn68b", "botnet26t_256",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", TIMM if os.environ.get("GNP_ALL_MODELS") else TIMM_REPRESENTATIVES
+)
 def test_timm(name):
     timm = pytest.importorskip("timm")
     model = timm.create_model(name, num_classes=3)
