@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from gnpractical.d2 import load_config
 from gnpractical.datasets.coco_files import datasets_root
 from gnpractical.tv import panoptic_fpn_resnet, quick
-from gnpractical.tv.datasets import collate, open_splits
+from gnpractical.tv.datasets import collate, open_split
 
 
 def detectron2_side():
@@ -42,9 +42,11 @@ def detectron2_side():
 
 
 def torchvision_side():
-    dataset, _ = open_splits(datasets_root(), "gnp_shapes", panoptic=True, check=False)
+    dataset = open_split(
+        datasets_root(), "gnp_shapes", "train", panoptic=True, check=False
+    )
     model = panoptic_fpn_resnet(
-        depth=18, num_things=4, num_stuff=4, min_size=120, **quick.PANOPTIC_FPN
+        depth=18, num_things=4, num_stuff=4, min_size=120, **quick.panoptic_fpn()
     ).train()
     optimizer = torch.optim.SGD(model.parameters(), quick.OPTIONS["lr"] / 1000, 0.9)
     loader = DataLoader(dataset, 2, shuffle=True, drop_last=True, collate_fn=collate)

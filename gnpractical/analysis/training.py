@@ -81,11 +81,7 @@ def fit(
     """
     device = torch.device(device)
     model.to(device)
-    amp = mixed_precision and device.type == "cuda"
-    native = amp and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.float16 if amp and not native else torch.bfloat16
-    autocast = torch.autocast(device.type, dtype, enabled=amp)
-    scaler = torch.amp.GradScaler("cuda", enabled=amp and dtype == torch.float16)
+    autocast, scaler = precision(device, mixed_precision and device.type == "cuda")
     # One kernel for all parameters: on small models the optimizer is a tenth of a step.
     optimizer = torch.optim.SGD(
         model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, fused=True
@@ -124,6 +120,16 @@ def fit(
             state |= {"seed": seed, "history": vars(history)}
             write_atomically(checkpoint, partial(torch.save, state))
     return history
+
+
+def precision(
+    device: torch.device, mixed: bool
+) -> tuple[torch.autocast, torch.amp.GradScaler]:
+    """For mixed precision bfloat16, or float16 with scaled losses where a GPU has no bfloat16."""
+    native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.bfloat16 if native else torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=mixed and not native)
+    return torch.autocast(device.type, dtype, enabled=mixed), scaler
 
 
 @torch.inference_mode()

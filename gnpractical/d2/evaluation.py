@@ -79,9 +79,7 @@ class PanopticEvaluator(COCOPanopticEvaluator):
                 segments = self._segments_of_labels(ids)
                 ids = ids + 1
             segments = [self._convert_category_id(dict(s)) for s in segments]
-            self._predictions.append(
-                panoptic_prediction(input["image_id"], input["file_name"], ids, segments)
-            )
+            self._predictions.append(panoptic_prediction(input["image_id"], ids, segments))
 
     def _segments_of_labels(self, labels: np.ndarray) -> list[dict[str, Any]]:
         things = set(self._metadata.thing_dataset_id_to_contiguous_id.values())
@@ -139,10 +137,10 @@ class PredictionGrid(DatasetEvaluator):
             return draw_segments(image, ids.cpu().numpy(), rows)
         if "instances" in output:
             found = output["instances"].to("cpu")
-            found = found[found.scores > 0.5]
-            classes = found.pred_classes.tolist()
-            labels = [f"{things[c]} {s:.2f}" for c, s in zip(classes, found.scores, strict=True)]
-            return draw_boxes(image, found.pred_boxes.tensor.tolist(), classes, labels)
+            return draw_boxes(
+                image, found.pred_boxes.tensor.tolist(), found.pred_classes.tolist(),
+                found.scores.tolist(), things,
+            )  # fmt: skip
         if "sem_seg" in output:
             classes = output["sem_seg"].argmax(dim=0).cpu().numpy()
             return draw_segments(image, classes, [(c, c, stuff[c]) for c in np.unique(classes)])

@@ -26,7 +26,7 @@ def check_datasets(cfg: CfgNode, names: tuple[str, ...]) -> None:
 
     The message names what was looked for and where, and the command that makes it.
     """
-    source = f"${ROOT_VARIABLE}" if ROOT_VARIABLE in os.environ else "its default"
+    default = "" if ROOT_VARIABLE in os.environ else "the default of "
     for name in names:
         if name not in DatasetCatalog:
             near = difflib.get_close_matches(name, DatasetCatalog.list(), n=1)
@@ -36,7 +36,7 @@ def check_datasets(cfg: CfgNode, names: tuple[str, ...]) -> None:
         if name.startswith("gnp_shapes_"):  # made on first use
             make_shapes(Path(metadata.image_root).parents[1])
         files = {key: metadata.get(key) for key in (*_INSTANCES, *_PANOPTIC) if metadata.get(key)}
-        check_files(name, files, datasets_root(), source)
+        check_files(name, files, datasets_root(), f"{default}${ROOT_VARIABLE}")
         if not cfg.MODEL.GNP.CHECK_ANNOTATIONS:
             continue
         # LVIS's files are not quite of COCO's form, and two of COCO 2014's have known duplicates.
@@ -44,4 +44,4 @@ def check_datasets(cfg: CfgNode, names: tuple[str, ...]) -> None:
         if not is_coco or "2014_" in name:
             files.pop("json_file", None)
         remedy = "set MODEL.GNP.CHECK_ANNOTATIONS False"
-        check_annotations(name, files, datasets_root(), source, remedy)
+        check_annotations(name, files, remedy)

@@ -32,7 +32,7 @@ def split_files(folder: str, split: str) -> dict[str, str]:
 
 
 def check_files(name: str, files: Mapping[str, str], root: str, source: str) -> None:
-    """Raise ValueError for a file or folder that does not exist, with the command that makes it.
+    """Raise ValueError for a file or folder that does not exist.
 
     Args:
         name: of the data set.
@@ -43,17 +43,16 @@ def check_files(name: str, files: Mapping[str, str], root: str, source: str) -> 
     for key, path in files.items():
         if not os.path.exists(path):
             raise ValueError(
-                f"Data set {name}: {key} {path!r} does not exist. {_advice(key, root, source)}"
+                f"Data set {name}: {key} {path!r} does not exist. Data sets are looked for in "
+                f"{root!r} ({source}){_remedy(key, path)}."
             )
 
 
-def check_annotations(
-    name: str, files: Mapping[str, str], root: str, source: str, remedy: str
-) -> None:
+def check_annotations(name: str, files: Mapping[str, str], remedy: str) -> None:
     """Raise ValueError for annotations that would train wrongly; log the harmless problems.
 
     Args:
-        name, files, root, source: as of :func:`check_files`.
+        name, files: as of :func:`check_files`.
         remedy: how to train on them all the same, for the error.
     """
     problems: list[tuple[str, Problem]] = []
@@ -72,8 +71,8 @@ def check_annotations(
             if missing:
                 raise ValueError(
                     f"Data set {name}: {len(missing)} of {len(wanted)} semantic PNGs are not in "
-                    f"{files['sem_seg_root']!r}, first {min(missing)}. "
-                    f"{_advice('sem_seg_root', root, source)}"
+                    f"{files['sem_seg_root']!r}, first {min(missing)}"
+                    f"{_remedy('sem_seg_root', files['sem_seg_root'])}."
                 )
     for path, problem in problems:
         if not problem.refuse:
@@ -103,8 +102,9 @@ def _checked(
         raise ValueError(f"{path}: {e}") from e
 
 
-def _advice(key: str, root: str, source: str) -> str:
-    text = f"Data sets are looked for in {root!r} ({source})"
-    if key == "sem_seg_root":
-        return f"{text}; run: python tools/prepare_panoptic.py --root {os.path.join(root, 'coco')}"
-    return f"{text}; set {ROOT_VARIABLE} to the folder that holds coco/."
+def _remedy(key: str, path: str) -> str:
+    if key != "sem_seg_root":
+        return "; it must hold the data set's folder, in COCO's layout"
+    folder, name = os.path.split(path)
+    split = name.removeprefix("panoptic_stuff_")
+    return f"; run: python tools/prepare_panoptic.py --root {folder} --splits {split}"

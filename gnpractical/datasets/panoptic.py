@@ -110,9 +110,11 @@ def prepare_semantic(
             semantic = panoptic_to_semantic(ids, annotation["segments_info"], labels)
         except ValueError as e:
             return f"{name}: {e}"
-        part = semantic_dir / f".{name}.{os.getpid()}.part"
+        path = semantic_dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)  # names may have folders in them
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
         Image.fromarray(semantic).save(part, format="PNG")
-        os.replace(part, semantic_dir / name)
+        os.replace(part, path)
         return None
 
     problems = [p for p in _in_parallel(write, todo, workers, "semantic PNGs") if p]

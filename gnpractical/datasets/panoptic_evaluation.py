@@ -20,12 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 def panoptic_prediction(
-    image_id: int, file_name: str, ids: np.ndarray, segments: list[Json]
+    image_id: int, ids: np.ndarray, segments: list[Json]
 ) -> dict[str, Any]:
     """One image's prediction, small enough to be gathered from other processes.
 
     Args:
-        file_name: of the image; the PNG gets its stem.
         ids: (H, W) segment ids, 0 where there is none.
         segments: ``id`` and the data set's ``category_id`` of each.
     """
@@ -33,7 +32,7 @@ def panoptic_prediction(
     Image.fromarray(id_to_rgb(ids)).save(png, format="PNG")
     return {
         "image_id": image_id,
-        "file_name": Path(file_name).stem + ".png",
+        "file_name": f"{image_id}.png",
         "png_string": png.getvalue(),
         "segments_info": segments,
     }

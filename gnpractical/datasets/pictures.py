@@ -44,14 +44,22 @@ def draw_segments(
 
 
 def draw_boxes(
-    image: np.ndarray, boxes: Sequence[Sequence[float]], numbers: Sequence[int], labels: list[str]
+    image: np.ndarray,
+    boxes: Sequence[Sequence[float]],
+    classes: Sequence[int],
+    scores: Sequence[float],
+    names: Sequence[str],
+    min_score: float = 0.5,
 ) -> np.ndarray:
-    """``image`` with boxes (x0, y0, x1, y1 in pixels), each in its number's colour."""
+    """``image`` with the boxes (x0, y0, x1, y1 in pixels) that score more than ``min_score``."""
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
-    for box, number in zip(boxes, numbers, strict=True):
-        draw.rectangle([float(v) for v in box], outline=color_of(number), width=2)
-    return _write(picture, [(b[0], b[1], t) for b, t in zip(boxes, labels, strict=True)])
+    labels = []
+    for box, number, score in zip(boxes, classes, scores, strict=True):
+        if score > min_score:
+            draw.rectangle([float(v) for v in box], outline=color_of(number), width=2)
+            labels.append((float(box[0]), float(box[1]), f"{names[number]} {score:.2f}"))
+    return _write(picture, labels)
 
 
 def tile(images: Sequence[np.ndarray], columns: int = 3, margin: int = 4) -> np.ndarray:

@@ -143,7 +143,7 @@ class PracticalGroupNorm(nn.GroupNorm):
                 f"{self.norm_name} at {path}, {self.num_channels} channels: its number of groups "
                 f"has not been measured. Before the first step call "
                 f"gnpractical.calibrate(model, batches), or load a calibrated model's checkpoint "
-                f"with gnpractical.d2's GNPCheckpointer."
+                f"with a checkpointer of this package, which brings the counts."
             )
         raise RuntimeError(
             f"{self.norm_name} at {path}, {self.num_channels} channels: no weight layer was found "

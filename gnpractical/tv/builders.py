@@ -6,19 +6,22 @@ Detectron2's configs, and every layer gets the number of groups that it has ther
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import nn
 from torchvision.models import resnet
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from gnpractical.datasets.panoptic import IGNORE_LABEL
 from gnpractical.layers.group_norm import group_norm_from_name, unknown_norm_message
 from gnpractical.layers.pairing import require_resolved
 from gnpractical.layers.weight_standardization import apply_weight_standardization
@@ -40,7 +43,7 @@ def norm_layer(norm: str) -> Callable[[int], nn.Module]:
     Raises:
         ValueError: unknown name; the message lists the valid ones.
     """
-    if norm in _OTHER_NORMS:
+    if isinstance(norm, str) and norm in _OTHER_NORMS:
         return _OTHER_NORMS[norm]
     if not isinstance(norm, str) or group_norm_from_name(norm, 1) is None:
         raise ValueError(unknown_norm_message(norm, list(_OTHER_NORMS)))
@@ -75,14 +78,19 @@ def fasterrcnn_resnet_fpn(
     Raises:
         ValueError: a depth, number of stages or norm that does not exist.
     """
+    check_width("num_classes", num_classes)
+    if num_classes < 2:
+        raise ValueError("num_classes counts the background, so it must be at least 2; got 1")
+    _check_arguments(kwargs, FasterRCNN)
     backbone, levels = _backbone(depth, norm, stages, channels)
-    box_head = _box_head(channels, [channels] * box_convs, fc_channels, norm)
+    box_head = _box_head(channels, box_convs, fc_channels, norm)
     kwargs = {
         "rpn_anchor_generator": _anchors(levels),
         "box_roi_pool": MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
+        "box_head": box_head,
         "box_predictor": FastRCNNPredictor(fc_channels, num_classes),
     } | kwargs
-    return _finish(FasterRCNN(backbone, box_head=box_head, **kwargs), weight_standardization)
+    return _finish(FasterRCNN(backbone, **kwargs), weight_standardization)
 
 
 def panoptic_fpn_resnet(
@@ -118,12 +126,17 @@ def panoptic_fpn_resnet(
     """
     check_width("num_things", num_things)
     check_width("num_stuff", num_stuff)
+    check_width("semantic_channels", semantic_channels)
+    if num_stuff >= IGNORE_LABEL:
+        raise ValueError(f"num_stuff must be below {IGNORE_LABEL}, the label of what is ignored; "
+                         f"got {num_stuff}")  # fmt: skip
+    _check_arguments(kwargs, MaskRCNN, PanopticFPN)
     backbone, levels = _backbone(depth, norm, stages, channels)
     kwargs = {
         "rpn_anchor_generator": _anchors(levels),
         "box_roi_pool": MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
         "mask_roi_pool": MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2),
-        "box_head": _box_head(channels, [channels] * box_convs, fc_channels, norm),
+        "box_head": _box_head(channels, box_convs, fc_channels, norm),
         "box_predictor": FastRCNNPredictor(fc_channels, num_things + 1),
         "mask_head": MaskRCNNHeads(channels, [channels] * mask_convs, 1, norm_layer(norm)),
         "mask_predictor": MaskRCNNPredictor(channels, channels, num_things + 1),
@@ -139,9 +152,9 @@ def _backbone(
     depth: int, norm: str, stages: int, channels: int
 ) -> tuple[BackboneWithFPN, list[str]]:
     """The ResNet-FPN, and the names of its levels without the pooled one."""
-    if depth not in DEPTHS:
+    if depth not in DEPTHS or isinstance(depth, float):
         raise ValueError(f"depth must be one of {DEPTHS}, got {depth!r}")
-    if stages not in (1, 2, 3, 4):
+    if stages not in (1, 2, 3, 4) or isinstance(stages, float):
         raise ValueError(f"stages must be 1 to 4, got {stages!r}")
     check_width("channels", channels)
     body = getattr(resnet, f"resnet{depth}")(weights=None, norm_layer=norm_layer(norm))
@@ -156,8 +169,19 @@ def _anchors(levels: list[str]) -> AnchorGenerator:
     return AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
 
 
-def _box_head(channels: int, convs: list[int], fc_channels: int, norm: str) -> nn.Module:
-    return FastRCNNConvFCHead((channels, 7, 7), convs, [fc_channels], norm_layer(norm))
+def _box_head(channels: int, convs: int, fc_channels: int, norm: str) -> nn.Module:
+    check_width("fc_channels", fc_channels)
+    return FastRCNNConvFCHead((channels, 7, 7), [channels] * convs, [fc_channels], norm_layer(norm))
+
+
+def _check_arguments(kwargs: dict[str, Any], *classes: type) -> None:
+    """TypeError for a name no class takes; torchvision's ignore it."""
+    known = {name for cls in classes for name in inspect.signature(cls).parameters}
+    for name in kwargs:
+        if name not in known or name in ("backbone", "num_classes", "kwargs"):
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"unknown argument {name!r}{hint}")
 
 
 def _finish(model: Any, weight_standardization: bool) -> Any:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import pickle
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pycocotools.mask as coco_mask
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from gnpractical.datasets.coco_files import check_annotations, check_files, split_files
-from gnpractical.datasets.panoptic import read_json
+from gnpractical.datasets.panoptic import Json, read_json, semantic_labels
 from gnpractical.datasets.shapes import FOLDER, make_shapes
-from gnpractical.tv.distributed import rank
+from gnpractical.tv.distributed import barrier, rank
 
 
 class CocoImages(Dataset):
@@ -33,34 +34,42 @@ class CocoImages(Dataset):
     Args:
         files: of ``coco_files.split_files``.
         panoptic: whether there are masks and semantic labels.
-        train: flip half of the images, and leave out those that teach a detector nothing.
+        train: flip half of the images, and without ``panoptic`` leave out those without boxes.
 
     Attributes:
-        things, stuff: names of the categories in the order of their labels.
-        thing_ids, stuff_ids: and their category ids.
+        things, stuff: category id -> name, in the order of their labels from 1.
+        coco: the annotations, to score against; None of a training split.
+
+    Raises:
+        ValueError: no images, or files that contradict one another.
     """
 
     def __init__(self, files: Mapping[str, str], *, panoptic: bool, train: bool) -> None:
         self.files, self.panoptic = files, panoptic
         with contextlib.redirect_stdout(io.StringIO()):
-            self.coco = COCO(files["json_file"])
-        categories = sorted(self.coco.dataset["categories"], key=lambda c: c["id"])
-        self.things = [c["name"] for c in categories]
-        self.thing_ids = [c["id"] for c in categories]
-        self.stuff: list[str] = []
-        self.stuff_ids: list[int] = []
+            coco = COCO(files["json_file"])
+        for a in coco.anns.values():  # what scoring asks for and some files leave out
+            a.setdefault("iscrowd", 0)
+            a.setdefault("area", a["bbox"][2] * a["bbox"][3])
+        categories = sorted(coco.dataset["categories"], key=lambda c: c["id"])
+        self.things = {c["id"]: c["name"] for c in categories}
+        self.stuff: dict[int, str] = {}
+        semantic: dict[int, str] = {}
         if panoptic:
-            data = read_json(files["panoptic_json"])
-            stuff = sorted((c for c in data["categories"] if not c["isthing"]),
-                           key=lambda c: c["id"])  # fmt: skip
-            self.stuff = [c["name"] for c in stuff]
-            self.stuff_ids = [c["id"] for c in stuff]
-        self._label_of = {category_id: i + 1 for i, category_id in enumerate(self.thing_ids)}
-        self.image_ids = sorted(self.coco.imgs)
-        if train and not panoptic:
-            self.image_ids = [i for i in self.image_ids if self._annotations(i)]
-        if not self.image_ids:
+            semantic = self._read_panoptic(read_json(files["panoptic_json"]), set(coco.imgs))
+        records = []
+        for image_id in sorted(coco.imgs):
+            image = coco.imgs[image_id]
+            instances = _instances(image, coco.imgToAnns[image_id], panoptic)
+            if instances or panoptic or not train:
+                record = image_id, image, instances, semantic.get(image_id, "")
+                records.append(pickle.dumps(record))
+        if not records:
             raise ValueError(f"{files['json_file']} has no images to use")
+        # One array, not a million Python objects, of which every loader process would get a copy.
+        self._records = np.frombuffer(b"".join(records), np.uint8)
+        self._ends = np.cumsum([len(r) for r in records])
+        self.coco = None if train else coco
         self._transform = v2.Compose([
             v2.RandomHorizontalFlip(0.5 if train else 0.0),
             v2.ToDtype(torch.float32, scale=True),
@@ -68,55 +77,73 @@ class CocoImages(Dataset):
         ])  # fmt: skip
 
     def __len__(self) -> int:
-        return len(self.image_ids)
+        return len(self._ends)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        image_id = self.image_ids[index]
+        image_id, entry, instances, semantic = self._record(index)
         image = self.read_image(index)
         size = (image.height, image.width)
-        annotations = self._annotations(image_id)
-        boxes = torch.tensor([box for _, box in annotations], dtype=torch.float32).reshape(-1, 4)
+        label_of = {category_id: i + 1 for i, category_id in enumerate(self.things)}
+        boxes = torch.tensor([box for _, box, _ in instances], dtype=torch.float32).reshape(-1, 4)
+        labels = torch.tensor([label_of[c] for c, _, _ in instances], dtype=torch.int64)
         target: dict[str, Any] = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
-            "labels": torch.tensor([self._label_of[a["category_id"]] for a, _ in annotations],
-                                   dtype=torch.int64),
+            "labels": labels,
             "image_id": image_id,
-        }  # fmt: skip
+        }
         if self.panoptic:
-            masks = [self.coco.annToMask(a) for a, _ in annotations]
+            masks = [coco_mask.decode(_rle(segmentation, size)) for _, _, segmentation in instances]
             target["masks"] = tv_tensors.Mask(
                 np.stack(masks) if masks else np.zeros((0, *size), np.uint8)
             )
-            name = Path(self.coco.imgs[image_id]["file_name"]).stem + ".png"
-            with Image.open(os.path.join(self.files["sem_seg_root"], name)) as png:
-                target["semantic"] = tv_tensors.Mask(np.array(png))
+            path = os.path.join(self.files["sem_seg_root"], semantic)
+            target["semantic"] = tv_tensors.Mask(np.array(_open(path, entry)))
         return self._transform(tv_tensors.Image(np.array(image).transpose(2, 0, 1)), target)
 
     def read_image(self, index: int) -> Image.Image:
-        """The image as it is on disk, in RGB."""
-        name = self.coco.imgs[self.image_ids[index]]["file_name"]
-        with Image.open(os.path.join(self.files["image_root"], name)) as image:
-            return image.convert("RGB")
+        """The image in RGB, upright.
 
-    def _annotations(self, image_id: int) -> list[tuple[dict, list[float]]]:
-        """The image's instances, each with its clipped box."""
-        size = self.coco.imgs[image_id]
-        instances = []
-        for a in self.coco.imgToAnns[image_id]:
-            x, y, w, h = a["bbox"]
-            box = [max(x, 0.0), max(y, 0.0), min(x + w, size["width"]), min(y + h, size["height"])]
-            if not a.get("iscrowd") and box[2] > box[0] and box[3] > box[1]:
-                instances.append((a, box))
-        return instances
+        Raises:
+            ValueError: it cannot be read, or has another size than the annotations say.
+        """
+        _, entry, *_ = self._record(index)
+        path = os.path.join(self.files["image_root"], entry["file_name"])
+        return _open(path, entry).convert("RGB")
+
+    def _record(self, index: int) -> tuple[int, Json, list[tuple], str]:
+        start = self._ends[index - 1] if index else 0
+        return pickle.loads(self._records[start : self._ends[index]].data)
+
+    def _read_panoptic(self, data: Json, image_ids: set[int]) -> dict[int, str]:
+        """Takes the stuff categories; the PNG of each image."""
+        path = self.files["panoptic_json"]
+        labels = semantic_labels(data["categories"])  # as the semantic PNGs were made
+        names = {c["id"]: c["name"] for c in data["categories"]}
+        self.stuff = {category_id: names[category_id] for category_id, i in labels.items() if i}
+        things = sorted(labels.keys() - self.stuff.keys())
+        if things != list(self.things):
+            raise ValueError(
+                f"{path} has the thing categories {things[:10]}, {self.files['json_file']} has "
+                f"{list(self.things)[:10]}: they must be the same"
+            )
+        if not self.stuff:
+            raise ValueError(f"{path} has no stuff categories, which Panoptic FPN needs")
+        semantic = {a["image_id"]: a["file_name"] for a in data["annotations"]}
+        if semantic.keys() != image_ids:
+            odd = sorted(semantic.keys() ^ image_ids, key=str)
+            raise ValueError(
+                f"{path} and {self.files['json_file']} must be of the same images; {len(odd)} are "
+                f"in one alone, first id {odd[0]}"
+            )
+        return semantic
 
 
-def open_splits(
-    data_path: str, name: str, *, panoptic: bool, check: bool
-) -> tuple[CocoImages, CocoImages]:
-    """The training and the validation split of ``data_path/name``, which exist and are sound.
+def open_split(
+    data_path: str, name: str, split: str, *, panoptic: bool, check: bool
+) -> CocoImages:
+    """The split "train" or "val" of the data set in ``data_path/name``, which is there and sound.
 
-    COCO's splits are called train2017 and val2017, others' train and val. gnp_shapes is made on
-    first use.
+    Its files are called ``train2017`` and so on where COCO's are. gnp_shapes is made on first use.
 
     Args:
         check: look for annotations that would train wrongly.
@@ -127,24 +154,69 @@ def open_splits(
     folder = os.path.join(data_path, name)
     if name == FOLDER:
         make_shapes(data_path)  # several processes may: the first to finish wins
-    year = "2017" if name == "coco" or os.path.exists(
-        os.path.join(folder, "annotations", "instances_train2017.json")
-    ) else ""  # fmt: skip
-    splits = []
-    for split in ("train", "val"):
-        files = split_files(folder, split + year)
-        if not panoptic:
-            files = {key: files[key] for key in ("image_root", "json_file")}
-        title = f"{name} {split}{year}"
-        check_files(title, files, data_path, "--data-path")
-        if check and rank() == 0:
-            remedy = "give --no-check-annotations"
-            check_annotations(title, files, data_path, "--data-path", remedy)
-        splits.append(CocoImages(files, panoptic=panoptic, train=split == "train"))
-    return splits[0], splits[1]
+    of_coco = os.path.join(folder, "annotations", "instances_train2017.json")
+    year = "2017" if name == "coco" or os.path.exists(of_coco) else ""
+    files = split_files(folder, split + year)
+    if not panoptic:
+        files = {key: files[key] for key in ("image_root", "json_file")}
+    title = f"{name} {split}{year}"
+    check_files(title, files, data_path, "--data-path")
+    if check and rank() == 0:
+        check_annotations(title, files, "give --no-check-annotations")
+    barrier()  # the others wait for the verdict
+    return CocoImages(files, panoptic=panoptic, train=split == "train")
+
+
+def check_categories(train: CocoImages, val: CocoImages) -> None:
+    """ValueError unless both splits have the same categories, from which labels are made."""
+    for kind in ("things", "stuff"):
+        mine, other = getattr(train, kind), getattr(val, kind)
+        if mine != other:
+            odd = sorted(set(mine.items()) ^ set(other.items()))
+            raise ValueError(
+                f"{train.files['json_file']} and {val.files['json_file']} must have the same "
+                f"categories; {len(odd)} {kind} are in one alone, first {odd[0]}"
+            )
 
 
 def collate(samples: list[tuple]) -> tuple[list, list]:
     """A batch as torchvision's detection models take it: a list of images, a list of targets."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)
+
+
+def _instances(image: Json, annotations: list[Json], panoptic: bool) -> list[tuple]:
+    """Category id, clipped box and segmentation of the image's instances."""
+    instances = []
+    for a in annotations:
+        x, y, w, h = a["bbox"]
+        box = [max(x, 0.0), max(y, 0.0), min(x + w, image["width"]), min(y + h, image["height"])]
+        if not a["iscrowd"] and box[2] > box[0] and box[3] > box[1]:
+            if panoptic and not a.get("segmentation"):
+                raise ValueError(f"annotation {a['id']} has no 'segmentation', which Panoptic FPN "
+                                 f"needs")  # fmt: skip
+            instances.append((a["category_id"], box, a["segmentation"] if panoptic else None))
+    return instances
+
+
+def _rle(segmentation: Any, size: tuple[int, int]) -> Json:
+    if isinstance(segmentation, list):  # polygons
+        return coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
+    if isinstance(segmentation["counts"], list):
+        return coco_mask.frPyObjects(segmentation, *size)
+    return segmentation
+
+
+def _open(path: str, entry: Json) -> Image.Image:
+    try:
+        with Image.open(path) as file:
+            file.load()
+            image = ImageOps.exif_transpose(file)
+    except (OSError, SyntaxError) as e:  # Pillow's for a broken PNG
+        raise ValueError(f"{path}: not a readable image ({e})") from e
+    if image.mode.startswith("I"):
+        raise ValueError(f"{path}: 16 or 32 bits a pixel, 8 are required; convert the image")
+    if image.size != (entry["width"], entry["height"]):
+        raise ValueError(f"{path} is {image.width}x{image.height} pixels, but {entry['width']}x"
+                         f"{entry['height']} in the annotations")  # fmt: skip
+    return image

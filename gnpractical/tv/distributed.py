@@ -21,6 +21,9 @@ def start(name: str | None) -> torch.device:
         ValueError: no such device, or fewer GPUs than processes.
     """
     joining = "TORCHELASTIC_RUN_ID" in os.environ
+    if joining and name and ":" in name:
+        raise ValueError(f"--device {name}: torchrun's processes each take their own; use "
+                         f"--device {name.split(':')[0]}")  # fmt: skip
     if joining and name in (None, "cuda") and torch.cuda.is_available():
         processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if processes > gpus:
@@ -46,6 +49,21 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for the other processes; torchrun ends the wait if one of them fails."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def check_same(value: Any, message: str) -> None:
+    """ValueError with ``message`` unless ``value`` is the same in every process."""
+    if world_size() > 1:
+        values: list[Any] = [None] * world_size()
+        dist.all_gather_object(values, value)
+        if any(v != value for v in values):
+            raise ValueError(f"{message}; by process: {values}")
 
 
 def gather(items: list[Any]) -> list[Any]:

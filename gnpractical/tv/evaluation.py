@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from gnpractical.datasets.panoptic_evaluation import evaluate_panoptic, panoptic_prediction
@@ -31,15 +32,20 @@ GRID_IMAGES = 12
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, dataset: CocoImages, output_dir: str, device: torch.device
+    model: nn.Module, dataset: CocoImages, output_dir: str, device: torch.device, workers: int = 0
 ) -> dict[str, float]:
     """Predict ``dataset``, every process its share, and score on rank 0 ({} on the others).
 
-    Writes the predictions, ``metrics``' input, and ``predictions.png`` to ``output_dir``.
+    Leaves the predictions in COCO's formats and ``predictions.png`` in ``output_dir``.
+
+    Args:
+        dataset: a validation split.
+        workers: loader processes.
 
     Returns:
         ``bbox/AP``, ``AP50``, ``AP75``, and for the panoptic model ``segm/...`` and
-        ``panoptic_seg/PQ``, ``SQ``, ``RQ`` (also ``_th``, ``_st``), in %.
+        ``panoptic_seg/PQ``, ``SQ``, ``RQ`` (also ``_th``, ``_st``), in %; nan where there is
+        nothing to find.
     """
     model.eval()
     os.makedirs(output_dir, exist_ok=True)
@@ -48,8 +54,10 @@ def evaluate(
     tiles: list[np.ndarray] = []
     # Not a DistributedSampler, which repeats images to give every process as many.
     indices = range(rank(), len(dataset), world_size())
-    for index in tqdm(indices, desc="evaluation", leave=False, disable=None):
-        image, target = dataset[index]
+    loader = DataLoader(Subset(dataset, indices), None, num_workers=workers)
+    for index, (image, target) in zip(
+        indices, tqdm(loader, desc="evaluation", leave=False, disable=None), strict=True
+    ):
         (result,) = model([image.to(device)])
         if "masks" in result:
             result["masks"] = result["masks"][:, 0] > 0.5  # a quarter of the bytes to move
@@ -77,11 +85,11 @@ def evaluate(
 
 
 def _instances(result: dict[str, Any], image_id: int, dataset: CocoImages) -> list[dict]:
-    entries = []
+    entries, category_ids = [], list(dataset.things)
     for i, (x0, y0, x1, y1) in enumerate(result["boxes"].tolist()):
         entry = {
             "image_id": image_id,
-            "category_id": dataset.thing_ids[int(result["labels"][i]) - 1],
+            "category_id": category_ids[int(result["labels"][i]) - 1],
             "bbox": [x0, y0, x1 - x0, y1 - y0],
             "score": float(result["scores"][i]),
         }
@@ -94,21 +102,22 @@ def _instances(result: dict[str, Any], image_id: int, dataset: CocoImages) -> li
 
 
 def _panoptic(result: dict[str, Any], image_id: int, dataset: CocoImages) -> dict[str, Any]:
+    things, stuff = list(dataset.things), list(dataset.stuff)
     segments = [
-        {"id": s["id"],
-         "category_id": (dataset.thing_ids if s["isthing"] else dataset.stuff_ids)[s["label"] - 1]}
+        {"id": s["id"], "category_id": (things if s["isthing"] else stuff)[s["label"] - 1]}
         for s in result["segments"]
-    ]  # fmt: skip
-    file_name = dataset.coco.imgs[image_id]["file_name"]
-    return panoptic_prediction(image_id, file_name, result["panoptic_ids"].numpy(), segments)
+    ]
+    return panoptic_prediction(image_id, result["panoptic_ids"].numpy(), segments)
 
 
 def _average_precision(dataset: CocoImages, results: list[dict], kind: str) -> dict[str, float]:
-    """COCO's AP, AP50 and AP75 in %, nan without any prediction; the whole table is logged."""
+    """COCO's AP, AP50 and AP75 in %; the whole table is logged."""
+    assert dataset.coco is not None
     keys = [f"{kind}/{name}" for name in ("AP", "AP50", "AP75")]
     if not results:
         logger.warning("No %s predictions", kind)
-        return dict.fromkeys(keys, math.nan)
+        some = any(not a["iscrowd"] for a in dataset.coco.anns.values())
+        return dict.fromkeys(keys, 0.0 if some else math.nan)
     if kind == "segm":  # else areas would be taken from the boxes
         results = [{k: v for k, v in entry.items() if k != "bbox"} for entry in results]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -118,21 +127,20 @@ def _average_precision(dataset: CocoImages, results: list[dict], kind: str) -> d
         evaluation.summarize()
     table = [line for line in printed.getvalue().splitlines() if " = " in line]
     logger.info("%s:\n%s", kind, "\n".join(table))
-    return dict(zip(keys, (100 * evaluation.stats[:3]).tolist(), strict=True))
+    # COCO's -1: there is nothing to find.
+    values = [100 * v if v >= 0 else math.nan for v in evaluation.stats[:3].tolist()]
+    return dict(zip(keys, values, strict=True))
 
 
 def _draw(image: np.ndarray, result: dict[str, Any], dataset: CocoImages) -> np.ndarray:
+    things, stuff = list(dataset.things.values()), list(dataset.stuff.values())
     if dataset.panoptic:
         rows = [
-            (s["id"], s["label"] - 1, dataset.things[s["label"] - 1])
+            (s["id"], s["label"] - 1, things[s["label"] - 1])
             if s["isthing"]
-            else (s["id"], len(dataset.things) + s["label"], dataset.stuff[s["label"] - 1])
+            else (s["id"], len(things) + s["label"], stuff[s["label"] - 1])
             for s in result["segments"]
         ]
         return draw_segments(image, result["panoptic_ids"].numpy(), rows)
-    sure = result["scores"] > 0.5
-    classes = [label - 1 for label in result["labels"][sure].tolist()]
-    labels = [
-        f"{dataset.things[c]} {s:.2f}" for c, s in zip(classes, result["scores"][sure], strict=True)
-    ]
-    return draw_boxes(image, result["boxes"][sure].tolist(), classes, labels)
+    classes = [label - 1 for label in result["labels"].tolist()]
+    return draw_boxes(image, result["boxes"].tolist(), classes, result["scores"].tolist(), things)

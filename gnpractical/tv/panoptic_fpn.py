@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.ops import Conv2dNormActivation
 
-IGNORE_LABEL = 255
+from gnpractical.datasets.panoptic import IGNORE_LABEL
+
 STRIDE = 4  # of the semantic branch's output, and of the FPN's finest level
 
 Segment = dict[str, Any]
@@ -56,11 +57,8 @@ class PanopticFPN(MaskRCNN):
         self.merge_options = (min_score, max_overlap, min_stuff_area)
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
-        if self.training and not all("semantic" in target for target in targets or [{}]):
-            raise ValueError(
-                "in training Panoptic FPN needs a target for each image, with its semantic labels "
-                "(H, W) as 'semantic' besides Mask R-CNN's boxes, labels and masks"
-            )
+        if self.training:
+            _check_targets(images, targets)
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         batch, targets = self.transform(images, targets)
         features = self.backbone(batch.tensors)
@@ -170,6 +168,22 @@ def merge(
         if label and int(mask.sum()) >= min_stuff_area:
             add(mask, label, False)
     return ids, segments
+
+
+def _check_targets(images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> None:
+    if len(targets or []) != len(images) or any("semantic" not in t for t in targets or []):
+        raise ValueError(
+            "in training Panoptic FPN needs a target for each image, with its semantic labels "
+            "(H, W) as 'semantic' besides Mask R-CNN's boxes, labels and masks"
+        )
+    for i, (image, target) in enumerate(zip(images, targets or [], strict=True)):
+        if target["semantic"].shape != image.shape[-2:]:
+            raise ValueError(f"target {i}: 'semantic' is {tuple(target['semantic'].shape)} for an "
+                             f"image of {tuple(image.shape[-2:])}")  # fmt: skip
+        boxes = target["boxes"]
+        if (boxes[:, 2:] <= boxes[:, :2]).any():
+            raise ValueError(f"target {i}: boxes must be x0, y0, x1, y1 with x0 < x1 and y0 < y1; "
+                             f"got {boxes.tolist()[:5]}")  # fmt: skip
 
 
 def _batch_labels(

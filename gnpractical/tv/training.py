@@ -20,16 +20,18 @@ import torch
 from fvcore.common.checkpoint import PeriodicCheckpointer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Sampler
 from torch.utils.tensorboard import SummaryWriter
 
+from gnpractical.analysis.calibration import measured_norms
 from gnpractical.analysis.checkpointer import GroupCheckpointer
 from gnpractical.analysis.distributed_calibration import calibrate_measured
 from gnpractical.analysis.group_record import Record
 from gnpractical.analysis.output_dir import write_group_report
+from gnpractical.analysis.training import precision
 from gnpractical.layers.pairing import norm_width
-from gnpractical.tv.datasets import collate
-from gnpractical.tv.distributed import rank, world_size
+from gnpractical.tv.datasets import CocoImages, collate
+from gnpractical.tv.distributed import check_same, rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class Recipe:
 
 def train(
     model: nn.Module,
-    dataset: Dataset,
+    dataset: CocoImages,
     recipe: Recipe,
     output_dir: str,
     *,
@@ -85,36 +87,35 @@ def train(
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.SGD(
-        _parameter_groups(model, recipe.weight_decay), recipe.lr, recipe.momentum
+        _parameter_groups(model), recipe.lr, recipe.momentum
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_lr_factor, recipe))
-    # float16 needs its losses scaled; a CPU computes in bfloat16, which does not.
-    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-    autocast = torch.autocast(device.type, dtype, enabled=recipe.mixed_precision)
-    scaled = recipe.mixed_precision and device.type == "cuda"
-    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+    autocast, scaler = precision(device, recipe.mixed_precision)
     checkpointer = TorchvisionCheckpointer(
-        model, output_dir, mismatch=mismatch, save_to_disk=rank() == 0,
-        optimizer=optimizer, scheduler=scheduler, scaler=scaler,
+        model, output_dir, mismatch=mismatch, save_to_disk=rank() == 0, optimizer=optimizer,
+        **({"scaler": scaler} if scaler.is_enabled() else {}),
     )  # fmt: skip
-    resume = resume and checkpointer.has_checkpoint()
-    state = checkpointer.resume_or_load(weights, resume=resume)
-    first = state.get("iteration", -1) + 1 if resume else 0
+    first = checkpointer.start(weights, resume)
+    for group in optimizer.param_groups:  # a resumed run's own are of the checkpoint
+        group["weight_decay"] = recipe.weight_decay if group["decays"] else 0.0
     saver = PeriodicCheckpointer(checkpointer, recipe.checkpoint_period, recipe.iterations)
 
     torch.manual_seed(recipe.seed + rank() + 1000 * first)
     batches = _batches(dataset, recipe, first)
-    few = list(itertools.islice(batches, recipe.calibration_batches))
-    calibrate_measured(model, few, lambda m, batch: sum(m(*_to(batch, device)).values()))
-    batches = itertools.chain(few, batches)
+    if measured_norms(model):
+        few = list(itertools.islice(batches, recipe.calibration_batches))
+        calibrate_measured(model, few, lambda m, batch: sum(m(*_to(batch, device)).values()))
+        batches = itertools.chain(few, batches)
     if rank() == 0:
         write_group_report(model, output_dir)
     trained: nn.Module = model
     if world_size() > 1:
         trained = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     model.train()
-    with _Metrics(output_dir, recipe.iterations) as metrics:
+    with _Metrics(output_dir, first, recipe.iterations) as metrics:
         for iteration in range(first, recipe.iterations):
+            lr = recipe.lr * _lr_factor(recipe, iteration)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             with autocast:
                 losses = trained(*_to(next(batches), device))
                 total = sum(losses.values())
@@ -132,8 +133,7 @@ def train(
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
             scaler.step(optimizer)
             scaler.update()
-            metrics.step(iteration, losses | {"total_loss": total}, scheduler.get_last_lr()[0])
-            scheduler.step()
+            metrics.step(iteration, losses | {"total_loss": total}, lr)
             saver.step(iteration)
             metrics.restart_clock()
 
@@ -150,13 +150,52 @@ class TorchvisionCheckpointer(GroupCheckpointer):
             f"it all the same with --checkpoint-mismatch warn."
         )
 
+    def start(self, weights: str, resume: bool) -> int:
+        """Load the last checkpoint if ``resume`` and there is one, else ``weights``, if any.
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+        Returns:
+            The iteration to begin with.
+
+        Raises:
+            ValueError: the last checkpoint is of another model, or not of all processes.
+        """
+        resume = resume and self.has_checkpoint()
+        last = self.get_checkpoint_file() if resume else ""
+        check_same(last, f"--output-dir {self.save_dir!r} must be on a disk of all machines")
+        if resume:
+            return self.load_all(last).get("iteration", -1) + 1
+        if self.save_to_disk and self.has_checkpoint():
+            logger.warning("%s holds checkpoints of an earlier run, which this one does not go on "
+                           "from (--resume does) and will overwrite", self.save_dir)  # fmt: skip
+            Path(self.save_dir, "last_checkpoint").unlink()
+        self.load(weights, checkpointables=[])
+        return 0
+
+    def load_all(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        """As ``load``; ValueError unless the file has every parameter of the model."""
+        self._whole = True
+        return self.load(path, **kwargs)
+
+    _whole = False
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        odd = [*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)]
+        if self._whole and odd:
+            raise ValueError(
+                f"{self._loading} is of another model: {len(odd)} of the weights are missing or "
+                f"of another shape, first {odd[0]}. Choose --model, --depth, --quick and --dataset "
+                f"as it was trained with."
+            )
+        return incompatible
+
+
+def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     of_norms = {p for m in model.modules() if norm_width(m) is not None for p in m.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in trained if p not in of_norms], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p in of_norms], "weight_decay": 0.0},
+        {"params": [p for p in trained if p not in of_norms], "decays": True},
+        {"params": [p for p in trained if p in of_norms], "decays": False},
     ]
 
 
@@ -165,24 +204,33 @@ def _lr_factor(recipe: Recipe, iteration: int) -> float:
     return warm * (1 + math.cos(math.pi * iteration / recipe.iterations)) / 2
 
 
-def _batches(dataset: Dataset, recipe: Recipe, first: int) -> Iterator[Any]:
-    """This process's part of every batch, shuffled anew each epoch, without end."""
-    sampler: DistributedSampler = DistributedSampler(
-        dataset, world_size(), rank(), seed=recipe.seed
-    )
+def _batches(dataset: CocoImages, recipe: Recipe, first: int) -> Iterator[Any]:
+    """This process's part of every batch from iteration ``first`` on, without end."""
     loader = DataLoader(
-        dataset, recipe.batch_size // world_size(), sampler=sampler, drop_last=True,
-        num_workers=recipe.workers, collate_fn=collate,
-        persistent_workers=recipe.workers > 0,
+        dataset, recipe.batch_size // world_size(), num_workers=recipe.workers, collate_fn=collate,
+        sampler=_Shuffled(len(dataset), recipe.seed, first * recipe.batch_size),
     )  # fmt: skip
-    if not len(loader):
-        raise ValueError(
-            f"--batch-size {recipe.batch_size} must be at most the number of training images, "
-            f"{len(dataset)}"  # type: ignore[arg-type]
-        )
-    for epoch in itertools.count(first // len(loader)):
-        sampler.set_epoch(epoch)
-        yield from loader
+    return iter(loader)
+
+
+class _Shuffled(Sampler[int]):
+    """This process's share of an endless stream of shuffled epochs, from place ``start`` on.
+
+    So that a run which is stopped and resumed sees what it would have seen.
+    """
+
+    def __init__(self, size: int, seed: int, start: int) -> None:
+        self._size, self._seed, self._start = size, seed, start
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.islice(self._stream(), rank(), None, world_size())
+
+    def _stream(self) -> Iterator[int]:
+        first, place = divmod(self._start, self._size)
+        for epoch in itertools.count(first):
+            generator = torch.Generator().manual_seed(1000 * self._seed + epoch)
+            yield from torch.randperm(self._size, generator=generator).tolist()[place:]
+            place = 0
 
 
 def _to(batch: Any, device: torch.device) -> tuple[list, list]:
@@ -195,11 +243,10 @@ def _to(batch: Any, device: torch.device) -> tuple[list, list]:
 
 
 class _Metrics:
-    """Losses, time (medians of 20 steps) and ETA to log, metrics.json and TensorBoard; of rank 0.
-    """
+    """Medians of 20 steps' losses and time, and ETA: to log, metrics.json and TensorBoard."""
 
-    def __init__(self, output_dir: str, iterations: int) -> None:
-        self._folder, self._iterations = output_dir, iterations
+    def __init__(self, output_dir: str, first: int, iterations: int) -> None:
+        self._folder, self._first, self._iterations = output_dir, first, iterations
         self._writer: SummaryWriter | None = None
         # Of the last steps; losses stay on their device, so that nothing waits for it.
         self._times: deque[float] = deque(maxlen=PRINT_PERIOD)
@@ -208,7 +255,7 @@ class _Metrics:
 
     def __enter__(self) -> _Metrics:
         if rank() == 0:
-            self._writer = SummaryWriter(self._folder)
+            self._writer = SummaryWriter(self._folder, purge_step=self._first)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -251,5 +298,6 @@ def write_scores(output_dir: str, iteration: int, scores: dict[str, float]) -> N
 
 
 def _append(output_dir: str, iteration: int, values: dict[str, float]) -> None:
+    line = {k: None if math.isnan(v) else v for k, v in values.items()}  # JSON has no nan
     with open(Path(output_dir, "metrics.json"), "a") as f:
-        f.write(json.dumps({"iteration": iteration} | values) + "\n")
+        f.write(json.dumps({"iteration": iteration} | line) + "\n")

@@ -19,7 +19,7 @@ def tiny_panoptic():
 
     def build(**arguments):
         return panoptic_fpn_resnet(
-            **quick.PANOPTIC_FPN
+            **quick.panoptic_fpn()
             | {"depth": 18, "num_things": 4, "num_stuff": 4, "min_size": 64, "channels": 16}
             | arguments
         )

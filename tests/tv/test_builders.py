@@ -115,7 +115,7 @@ def test_norm_names_mean_what_they_mean_in_detectron2(norm, kind):
 def test_unknown_names_and_numbers():
     with pytest.raises(ValueError, match="Unknown norm 'GN_PRACTICL'.*Did you mean 'GN_PRACTICAL'"):
         norm_layer("GN_PRACTICL")
-    for bad in [None, 32, ""]:
+    for bad in [None, 32, "", ["GN"]]:
         with pytest.raises(ValueError, match="Unknown norm"):
             norm_layer(bad)
     with pytest.raises(ValueError, match=r"depth must be one of \(18, 34, 50, 101\), got 19"):
@@ -124,8 +124,17 @@ def test_unknown_names_and_numbers():
         fasterrcnn_resnet_fpn(stages=0)
     with pytest.raises(ValueError, match="GN_48 at .*64"):
         fasterrcnn_resnet_fpn(depth=18, norm="GN_48")
+    with pytest.raises(ValueError, match="num_classes counts the background"):
+        fasterrcnn_resnet_fpn(num_classes=1)
+    with pytest.raises(ValueError, match="num_stuff must be below 255"):
+        panoptic_fpn_resnet(num_stuff=255)
     with pytest.raises(TypeError):
         fasterrcnn_resnet_fpn(18)
+    for build in (fasterrcnn_resnet_fpn, panoptic_fpn_resnet):
+        with pytest.raises(TypeError, match="'weight_standardisation'"):
+            build(weight_standardisation=True)
+        with pytest.raises(TypeError, match="unknown argument 'min_sise'; did you mean 'min_size'"):
+            build(min_sise=3)
 
 
 @pytest.mark.parametrize("stages", [2, 4])

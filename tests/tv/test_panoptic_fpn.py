@@ -135,3 +135,11 @@ def test_predictions(tiny_panoptic):
 def test_training_needs_semantic_labels(tiny_panoptic, targets):
     with pytest.raises(ValueError, match="needs a target for each image, with its semantic labels"):
         tiny_panoptic()([torch.rand(3, 50, 80)], targets)
+
+
+def test_targets_that_do_not_fit(tiny_panoptic):
+    image, semantic = torch.rand(3, 50, 80), torch.zeros(50, 80, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"'semantic' is \(80, 50\) for an image of \(50, 80\)"):
+        tiny_panoptic()([image], [target(semantic.T)])
+    with pytest.raises(ValueError, match="x0 < x1"):
+        tiny_panoptic()([image], [target(semantic, boxes=[[9.0, 9, 1, 1]])])

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -11,7 +12,14 @@ from gnpractical import group_report
 from gnpractical.analysis.group_record import RECORD_KEY, GroupMismatch
 from gnpractical.datasets.coco_files import split_files
 from gnpractical.tv.datasets import CocoImages
-from gnpractical.tv.training import Recipe, TorchvisionCheckpointer, _lr_factor, train
+from gnpractical.tv.training import (
+    Recipe,
+    TorchvisionCheckpointer,
+    _lr_factor,
+    _parameter_groups,
+    _Shuffled,
+    train,
+)
 
 
 @pytest.fixture
@@ -60,7 +68,7 @@ def test_a_resumed_run_goes_on_where_it_was(tiny_panoptic, dataset, tmp_path):
     assert [line["iteration"] for line in metrics_of(tmp_path)] == [1, 3]
     # The optimizer's momentum and the schedule came along.
     saved = torch.load(tmp_path / "model_final.pth", weights_only=True)
-    assert saved["iteration"] == 3 and saved["scheduler"]["last_epoch"] == 4
+    assert saved["iteration"] == 3 and saved["optimizer"]["state"]
     # Without resume it begins anew.
     train(tiny_panoptic(), dataset, recipe(1), str(tmp_path))
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 0
@@ -92,8 +100,10 @@ def test_a_loss_that_is_not_finite_names_the_last_checkpoint(tiny_panoptic, data
     before = (tmp_path / "model_final.pth").read_bytes()
     with torch.no_grad():
         model.semantic_branch.predictor.bias.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="at iteration 0 .*model_final.pth.*--lr"):
-        train(model, dataset, recipe(2), str(tmp_path))
+        torch.save({"model": model.state_dict()}, tmp_path / "broken.pth")
+    (tmp_path / "last_checkpoint").write_text("broken.pth")
+    with pytest.raises(FloatingPointError, match="at iteration 0 .*broken.pth.*--lr"):
+        train(model, dataset, recipe(2), str(tmp_path), resume=True)
     assert (tmp_path / "model_final.pth").read_bytes() == before
 
 
@@ -138,10 +148,45 @@ def test_learning_rate_rises_and_falls():
 
 
 def test_norms_do_not_decay(tiny_panoptic):
-    from gnpractical.tv.training import _parameter_groups
-
     model = tiny_panoptic()
-    decayed, norms = _parameter_groups(model, 0.1)
-    assert norms["weight_decay"] == 0 and decayed["weight_decay"] == 0.1
+    decayed, norms = _parameter_groups(model)
+    assert decayed["decays"] and not norms["decays"]
     assert len(norms["params"]) == 2 * len(group_report(model))
     assert len(decayed["params"]) + len(norms["params"]) == len(list(model.parameters()))
+
+
+def test_a_resumed_run_takes_the_recipe_it_is_given(tiny_panoptic, dataset, tmp_path):
+    train(tiny_panoptic(), dataset, recipe(1), str(tmp_path))
+    changed = recipe(2, lr=1e-5, weight_decay=0.5)
+    train(tiny_panoptic(), dataset, changed, str(tmp_path), resume=True)
+    saved = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    groups = saved["optimizer"]["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [0.5, 0.0]
+    assert all(g["lr"] <= 1e-5 for g in groups)
+    assert metrics_of(tmp_path)[-1]["lr"] <= 1e-5
+
+
+def test_a_resumed_run_sees_the_images_it_would_have_seen():
+    whole = list(itertools.islice(_Shuffled(10, 3, 0), 35))
+    assert sorted(whole[:10]) == sorted(whole[10:20]) == list(range(10))
+    assert whole[:10] != whole[10:20]
+    for start in (4, 10, 27):
+        assert list(itertools.islice(_Shuffled(10, 3, start), 35 - start)) == whole[start:]
+
+
+def test_another_model_is_not_resumed(tiny_panoptic, dataset, tmp_path):
+    train(tiny_panoptic(), dataset, recipe(1), str(tmp_path))
+    with pytest.raises(ValueError, match="model_final.pth is of another model: .*--depth"):
+        train(tiny_panoptic(num_stuff=2), dataset, recipe(2), str(tmp_path), resume=True)
+
+
+def test_a_new_run_does_not_point_to_an_old_ones_checkpoint(
+    tiny_panoptic, dataset, tmp_path, caplog
+):
+    train(tiny_panoptic(), dataset, recipe(1), str(tmp_path))
+    model = tiny_panoptic()
+    with torch.no_grad():
+        model.semantic_branch.predictor.bias.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="There is no checkpoint in .* yet"):
+        train(model, dataset, recipe(2), str(tmp_path))
+    assert "holds checkpoints of an earlier run" in caplog.text
