@@ -9,7 +9,6 @@ are not interchangeable to the last digits.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 
 import torch
@@ -128,34 +127,33 @@ def fold_weight_standardization(model: nn.Module) -> int:
 
 
 class _Standardize(torch.autograd.Function):
-    """y = (w - mean) a per filter of n values, with a = 1 / (s + eps), s the unbiased deviation.
+    """y = (w - mean) / u per filter of n values, with u = s + eps, s the unbiased deviation.
 
-    In place on one tensor where possible: a fresh one costs more than the arithmetic, since its
-    memory has to be mapped. Backward is layer norm's, which is one pass: with dL/dy = g,
+    In place on one tensor: a fresh one costs more than the arithmetic, since its memory has to be
+    mapped. Backward is layer norm's, whose kernel is one pass: with dL/dy = g and x = w - mean,
 
-        dL/dw = a (g - mean(g)) - y sum(g y) / ((n - 1) s)
-              = t [r g - mean(r g) - y sum(g y) r**3 / n],  t = a / r, r**2 = n / ((n - 1) s a).
+        dL/dw = t (r (g - mean(g)) - x sum(g x) r^3 / n),  r^2 = n / ((n - 1) s u),  t = 1 / (r u).
     """
 
     @staticmethod
     def forward(ctx, weight: Tensor, eps: float) -> Tensor:
         flat = weight.flatten(1)
-        y = flat - flat.mean(1, keepdim=True)
-        std = torch.linalg.vector_norm(y, dim=1, keepdim=True) / math.sqrt(y.shape[1] - 1)
-        y.div_(std + eps)
-        ctx.save_for_backward(y, std)
-        ctx.eps = eps
+        mean = flat.mean(1, keepdim=True)
+        y = flat - mean
+        std = torch.linalg.vector_norm(y, dim=1, keepdim=True).mul_((y.shape[1] - 1) ** -0.5)
+        divisor = std + eps
+        y.mul_(divisor.reciprocal())
+        ctx.save_for_backward(weight, mean, std, divisor)
         return y.view_as(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        y, std = ctx.saved_tensors
-        n = y.shape[1]
-        # A constant filter has y = 0, and only the mean is taken off its gradient.
-        rstd = (n / (n - 1) * (std + ctx.eps) / std.clamp(min=_TINY)).sqrt()
-        zero = torch.zeros_like(rstd)
+        weight, mean, std, divisor = (saved.flatten(1) for saved in ctx.saved_tensors)
+        n = weight.shape[1]
+        # A constant filter has x = 0, and only the mean is taken off its gradient.
+        rstd = std.mul((n - 1) / n).clamp_(min=_TINY).mul_(divisor).rsqrt_()
         out, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad.reshape(y.shape), y, (n,), zero, rstd, None, None, [True, False, False]
+            grad.reshape(weight.shape), weight, (n,), mean, rstd, None, None, [True, False, False]
         )
-        return out.div_((std + ctx.eps) * rstd).view(grad.shape), None
+        return out.mul_((divisor * rstd).reciprocal_()).view(grad.shape), None
