@@ -142,9 +142,7 @@ def panoptic_fpn_resnet(
         "mask_predictor": MaskRCNNPredictor(channels, channels, num_things + 1),
     } | kwargs
     branch = SemanticBranch(levels, channels, semantic_channels, num_stuff + 1, norm_layer(norm))
-    model = PanopticFPN(
-        backbone, semantic_branch=branch, min_stuff_area=min_stuff_area, **kwargs
-    )
+    model = PanopticFPN(backbone, semantic_branch=branch, min_stuff_area=min_stuff_area, **kwargs)
     return _finish(model, weight_standardization)
 
 

@@ -86,9 +86,7 @@ def train(
         ValueError, OSError: as ``GroupCheckpointer``'s.
     """
     device = next(model.parameters()).device
-    optimizer = torch.optim.SGD(
-        _parameter_groups(model), recipe.lr, recipe.momentum
-    )
+    optimizer = torch.optim.SGD(_parameter_groups(model), recipe.lr, recipe.momentum)
     autocast, scaler = precision(device, recipe.mixed_precision)
     checkpointer = TorchvisionCheckpointer(
         model, output_dir, mismatch=mismatch, save_to_disk=rank() == 0, optimizer=optimizer,
@@ -141,6 +139,8 @@ def train(
 class TorchvisionCheckpointer(GroupCheckpointer):
     """The checkpointer of ``tools/train_torchvision.py``, whose options its errors name."""
 
+    _whole = False  # whether every parameter must be in the file
+
     def advice(self, differing: list[str], record: Record) -> str:
         norms = sorted({record[name]["norm"] for name in differing})
         standardized = any(record[name]["weight_standardized"] for name in differing)
@@ -175,8 +175,6 @@ class TorchvisionCheckpointer(GroupCheckpointer):
         """As ``load``; ValueError unless the file has every parameter of the model."""
         self._whole = True
         return self.load(path, **kwargs)
-
-    _whole = False
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         incompatible = super()._load_model(checkpoint)
