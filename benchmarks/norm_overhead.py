@@ -2,11 +2,14 @@
 """What GN_PRACTICAL costs against Detectron2's GN (32 groups), the two interleaved in one run.
 
     python benchmarks/norm_overhead.py step [--steps 15] [--size 128]
+    python benchmarks/norm_overhead.py ws [--steps 15] [--size 128]
     python benchmarks/norm_overhead.py build [--repeats 7]
 
 `step`: one training step (forward, backward, SGD) of Panoptic FPN R-50 with GroupNorm in every
-part, on one batch of random images and targets. `build`: building R-101-FPN, and the part of it
-spent resolving group counts. Medians, and the quartiles of the ratio over the repeats.
+part, on one batch of random images and targets. `ws`: the same of Faster R-CNN R-50 at GN_PRACTICAL
+with weight standardization in backbone, FPN and box head, against without. `build`: building
+R-101-FPN, and the part of it spent resolving group counts. Medians, and the quartiles of the ratio
+over the repeats.
 """
 
 import argparse
@@ -55,14 +58,26 @@ def random_batch(size, images=2, boxes=5):
     return batch
 
 
-def step_times(steps, size):
+def norm_configs():
+    return {norm: config(norm, "INPUT.MASK_FORMAT", "bitmask") for norm in ("GN", "GN_PRACTICAL")}
+
+
+def standardization_configs():
+    cfgs = {}
+    for name, parts in (("plain", []), ("WS", ["backbone", "roi_heads.box_head"])):
+        cfgs[name] = load_config("configs/faster_rcnn_gnp_ws.yaml")
+        cfgs[name].MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+        cfgs[name].MODEL.GNP.WEIGHT_STANDARDIZATION = parts
+    return cfgs
+
+
+def step_times(cfgs, steps, size):
     runs = {}
-    for norm in ("GN", "GN_PRACTICAL"):
+    for name, cfg in cfgs.items():
         torch.manual_seed(0)
-        cfg = config(norm, "INPUT.MASK_FORMAT", "bitmask")
         cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 64
         model = build_model(cfg).train()
-        runs[norm] = model, torch.optim.SGD(model.parameters(), lr=1e-4)
+        runs[name] = model, torch.optim.SGD(model.parameters(), lr=1e-4)
     batch = random_batch(size)
     times = {norm: [] for norm in runs}
     with EventStorage():
@@ -108,15 +123,20 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("step", "build"))
+    parser.add_argument("what", choices=("step", "ws", "build"))
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--size", type=int, default=128, help="side of the images, pixels")
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
 
     what = args.what
-    times = step_times(args.steps, args.size) if what == "step" else build_times(args.repeats)
-    ratios = [b / a for a, b in zip(times["GN"], times["GN_PRACTICAL"], strict=True)]
+    if what == "build":
+        times = build_times(args.repeats)
+    else:
+        cfgs = norm_configs() if what == "step" else standardization_configs()
+        times = step_times(cfgs, args.steps, args.size)
+    base, other = list(times)[:2]
+    ratios = [b / a for a, b in zip(times[base], times[other], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     print(
@@ -125,7 +145,7 @@ def main():
     )
     for name, values in times.items():
         print(f"{what} {name}: median {statistics.median(values):.4f} s of {len(values)}")
-    print(f"GN_PRACTICAL / GN: median {middle:.3f}, quartiles {low:.3f} to {high:.3f}")
+    print(f"{other} / {base}: median {middle:.3f}, quartiles {low:.3f} to {high:.3f}")
     if what == "build":
         share = [r / t for r, t in zip(times["resolving"], times["GN_PRACTICAL"], strict=True)]
         print(f"resolving / building: median {statistics.median(share):.5f}")

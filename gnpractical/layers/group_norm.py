@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,16 @@ _RULES = (*RULES, MEASURED)
 # gradient, with 3 the gradient's expected variance is infinite.
 MIN_VALUES = 4
 _RULE_NAMES = {f"GN_{rule.upper()}": rule for rule in _RULES}
+
+
+def _outside_graphs(method: Callable[..., None]) -> Callable[..., None]:
+    """``torch.compiler.disable``, applied at the call: it imports the compiler, a second's work."""
+
+    @functools.wraps(method)
+    def call(*args: Any) -> None:
+        torch.compiler.disable(method)(*args)
+
+    return call
 
 
 class PracticalGroupNorm(nn.GroupNorm):
@@ -133,7 +146,7 @@ class PracticalGroupNorm(nn.GroupNorm):
         if values == 1 and input.shape[0] > 0:
             self._single_value(input)
 
-    @torch.compiler.disable
+    @_outside_graphs
     def _resolve_late(self) -> None:
         if not isinstance(self.rule, str):
             return self.resolve(None)
@@ -153,7 +166,7 @@ class PracticalGroupNorm(nn.GroupNorm):
             f"model a fixed number of groups, such as GN_32."
         )
 
-    @torch.compiler.disable
+    @_outside_graphs
     def _single_value(self, input: Tensor) -> None:
         path = _path_on_stack(self) or type(self).__name__
         message = (
