@@ -1,4 +1,4 @@
-# make demo | test | check: each sets up .venv first; the second time that takes seconds.
+# make demo | test | check | bench: each sets up .venv first; the second time that takes seconds.
 PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 # A path, a wheel or a URL; whatever pip can install.
@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUTPUT ?= output/demo
 
-.PHONY: demo test check lint types setup clean
+.PHONY: demo test check bench lint types setup clean
 
 # With Detectron2 where it is installed, else the same model on the same data with torchvision.
 demo: setup
@@ -26,6 +26,15 @@ test: setup
 	$(BIN)/python -m pytest tests
 
 check: lint types test
+
+# A quarter of an hour on a quiet machine; see benchmarks/README.md.
+bench: setup
+	@for script in group_norm weight_standardization folding simulation_speed calibration; do \
+	  echo "== $$script"; PYTHONWARNINGS=ignore $(BIN)/python benchmarks/$$script.py || exit 1; done
+	@if $(BIN)/python -c "import detectron2" 2>/dev/null; then \
+	  for script in "norm_overhead.py step" "norm_overhead.py ws" "norm_overhead.py build" frameworks.py probe_cost.py; do \
+	    echo "== $$script"; PYTHONWARNINGS=ignore $(BIN)/python benchmarks/$$script || exit 1; done; \
+	else echo "Detectron2 is not installed: no whole training steps"; fi
 
 lint: setup
 	$(BIN)/ruff check .
