@@ -91,3 +91,5 @@ def test_no_predictions_at_all(datasets_dir, tmp_path, caplog):
     dataset.coco.imgToAnns.clear()
     scores = evaluate(Silent(dataset), dataset, str(tmp_path), torch.device("cpu"))
     assert all(math.isnan(value) for value in scores.values())
+    scores = evaluate(Oracle(dataset), dataset, str(tmp_path), torch.device("cpu"))
+    assert all(math.isnan(value) for value in scores.values())  # not COCO's -1, in %
