@@ -23,9 +23,10 @@ from gnpractical.analysis.output_dir import (
 from gnpractical.datasets.coco_files import datasets_root
 from gnpractical.tv import distributed, fasterrcnn_resnet_fpn, panoptic_fpn_resnet, quick
 from gnpractical.tv.builders import DEPTHS
+from gnpractical.tv.checkpoint import TorchvisionCheckpointer
 from gnpractical.tv.datasets import check_categories, open_split
 from gnpractical.tv.evaluation import evaluate
-from gnpractical.tv.training import Recipe, TorchvisionCheckpointer, train, write_scores
+from gnpractical.tv.training import Recipe, train, write_scores
 
 PANOPTIC = "panoptic_fpn_resnet"
 HEADLINES = {"bbox/AP": "bbox AP", "segm/AP": "segm AP", "panoptic_seg/PQ": "panoptic_seg PQ"}

@@ -11,10 +11,10 @@ import torch
 from gnpractical import group_report
 from gnpractical.analysis.group_record import RECORD_KEY, GroupMismatch
 from gnpractical.datasets.coco_files import split_files
+from gnpractical.tv.checkpoint import TorchvisionCheckpointer
 from gnpractical.tv.datasets import CocoImages
 from gnpractical.tv.training import (
     Recipe,
-    TorchvisionCheckpointer,
     _lr_factor,
     _parameter_groups,
     _Shuffled,
