@@ -172,7 +172,8 @@ def main():
         scores, iteration = run(args)
     except (ValueError, OSError, FloatingPointError) as e:
         # Of an error in a loader process the last line is its message.
-        sys.exit(f"error: {str(e).strip().splitlines()[-1].removeprefix('ValueError: ')}")
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        sys.exit(f"error: {lines[-1].removeprefix('ValueError: ')}")
     if scores:
         write_scores(args.output_dir, iteration, scores)
         text = ", ".join(f"{HEADLINES[k]} {v:.1f}" for k, v in scores.items() if k in HEADLINES)

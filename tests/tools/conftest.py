@@ -1,7 +1,9 @@
 import os
 import runpy
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,22 @@ def environment(tmp_path_factory):
     make_shapes(root, {"train": 8, "val": 4})
     return os.environ | {"DETECTRON2_DATASETS": str(root), "PYTHONWARNINGS": "ignore",
                          "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+
+
+@pytest.fixture
+def kill_after():
+    """A function (command, environment, path): runs the command, and kills it once ``path`` is."""
+
+    def run(command, environment, path):
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        deadline = time.time() + 120
+        while not path.exists():
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    return run

@@ -1,9 +1,7 @@
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -77,21 +75,14 @@ def test_rows_reports_and_resumption(caltech, tmp_path, error_of):
     assert records(tmp_path) == before
 
 
-def test_killed_within_a_run_and_resumed(caltech, tmp_path):
+def test_killed_within_a_run_and_resumed(caltech, tmp_path, kill_after):
     options = [*SMALL, "--data", caltech, "--groups", 16, "--epochs", 4]
     whole = run(*options, "--output", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     output = tmp_path / "parts"
-    process = subprocess.Popen(
-        command(*options, "--output", output), env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.time() + 120
-    while not (output / "checkpoint_16_0.pth").exists():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_after(
+        command(*options, "--output", output), ENVIRONMENT, output / "checkpoint_16_0.pth"
+    )
     assert records(output) == []
     done = run(*options, "--output", output)
     assert done.returncode == 0, done.stderr

@@ -1,8 +1,6 @@
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -60,18 +58,10 @@ def test_two_processes_on_the_cpu(environment, tmp_path, start):
     assert done.stdout.count("No GPU is available") == 1
 
 
-def test_killed_and_resumed(environment, tmp_path):
+def test_killed_and_resumed(environment, tmp_path, kill_after):
     opts = [*TINY, "SOLVER.MAX_ITER", "12", "DATASETS.TEST", "()", "OUTPUT_DIR", str(tmp_path)]
-    process = subprocess.Popen(
-        [sys.executable, TOOL, *CONFIG, *opts], cwd=ROOT, env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.time() + 120
-    while not (tmp_path / "model_0000002.pth").exists():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, TOOL, *CONFIG, *opts]
+    kill_after(command, environment, tmp_path / "model_0000002.pth")
     assert not (tmp_path / "model_final.pth").exists()
     before = json.loads((tmp_path / "groups.json").read_text())
     done = run(environment, *CONFIG, "--resume", *opts)

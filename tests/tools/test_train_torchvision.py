@@ -1,8 +1,6 @@
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -35,19 +33,11 @@ def test_two_processes_train_and_evaluate_and_one_evaluates_again(environment, t
     assert again.stdout.splitlines()[-1] == last  # the images were each predicted once
 
 
-def test_killed_and_resumed(environment, tmp_path):
+def test_killed_and_resumed(environment, tmp_path, kill_after):
     opts = ["--iterations", "12", "--model", "fasterrcnn_resnet_fpn", "--norm", "GN_1",
             "--weight-standardization", "--output-dir", str(tmp_path)]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, TOOL, *TINY, *opts], cwd=ROOT, env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.time() + 120
-    while not (tmp_path / "model_0000002.pth").exists():
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = [sys.executable, TOOL, *TINY, *opts]
+    kill_after(command, environment, tmp_path / "model_0000002.pth")
     assert not (tmp_path / "model_final.pth").exists()
     done = run(environment, "--resume", *opts)
     assert done.returncode == 0, done.stderr[-2000:]
