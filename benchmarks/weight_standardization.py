@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Weight standardization, forward and backward, against batch norm's form and the reference.
+"""What weight standardization adds to a forward and backward pass of the weight, by its form.
 
     python benchmarks/weight_standardization.py [--repeats 30]
 
-`batch_norm`: the filters as channels of F.batch_norm, timm's form, which has the biased deviation
-and eps under the root. `reference`: mean, std and a division, the authors' form. All interleaved in
-one run in every order; medians, and the quartiles of the ratios to batch_norm.
+In the place of the convolution, which would hide it, stands a dot product, and its time with the
+plain weight is taken off. `batch_norm`: the filters as channels of F.batch_norm, timm's StdConv2d,
+which has the biased deviation and eps under the root. `reference`: mean, std and a division, the
+authors' form. `function`: standardize_weight. `ours`: what WSConv2d does, which keeps its memory
+from step to step. All in one run, in every order; ratios are to batch_norm: medians and quartiles.
 """
 
 import argparse
@@ -17,7 +19,8 @@ import time
 import torch
 import torch.nn.functional as F
 
-from gnpractical.layers.weight_standardization import standardize_weight
+from gnpractical.layers.standardized_weight import standardize_weight, standardized_weight_of
+from gnpractical.layers.weight_standardization import WSConv2d
 
 SHAPES = [(256, 256, 3, 3), (512, 512, 3, 3), (2048, 512, 1, 1)]
 
@@ -33,19 +36,22 @@ def reference(weight):
     return centered / std.view(-1, 1, 1, 1)
 
 
-def times_of(forms, weight, grad, repeats):
+def times_of(forms, weight, repeats):
     """Medians of runs of ten, the forms' runs in every order.
 
     One call after another's form would measure what memory the other left to be mapped again.
     """
     times = {name: [] for name in forms}
+    direction = torch.randn_like(weight).flatten()
     orders = itertools.cycle(itertools.permutations(forms))
     for _ in range(repeats):
         for name in next(orders):
             run = []
             for _ in range(12):
+                with torch.no_grad():
+                    weight.add_(0)  # an optimizer's step: the weight has changed
                 start = time.perf_counter()
-                forms[name](weight).backward(grad)
+                torch.dot(forms[name](weight).flatten(), direction).backward()
                 if weight.is_cuda:
                     torch.cuda.synchronize()
                 run.append(time.perf_counter() - start)
@@ -64,15 +70,27 @@ def main():
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
     print(f"torch {torch.__version__}, {name or platform.machine()}, "
           f"{torch.get_num_threads()} threads")  # fmt: skip
-    forms = {"batch_norm": batch_norm, "reference": reference, "ours": standardize_weight}
     for shape in SHAPES:
-        weight = (0.02 * torch.randn(shape, device=device)).requires_grad_()
-        times = times_of(forms, weight, torch.randn(shape, device=device), args.repeats)
-        for form, values in times.items():
-            ratios = [a / b for a, b in zip(values, times["batch_norm"], strict=True)]
+        conv = WSConv2d(shape[1], shape[0], shape[2:], bias=False, device=device)
+        forms = {
+            "plain": lambda weight: weight,
+            "batch_norm": batch_norm,
+            "reference": reference,
+            "function": standardize_weight,
+            "ours": lambda weight, conv=conv: standardized_weight_of(conv, weight),
+        }
+        times = times_of(forms, conv.weight, args.repeats)
+        plain = times.pop("plain")
+        added = {
+            form: [a - b for a, b in zip(values, plain, strict=True)]
+            for form, values in times.items()
+        }
+        print(f"{'x'.join(map(str, shape))}: plain {1e3 * statistics.median(plain):.2f} ms")
+        for form, values in added.items():
+            ratios = [a / b for a, b in zip(values, added["batch_norm"], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
-            print(f"{'x'.join(map(str, shape))} {form}: ratio {middle:.2f} ({low:.2f} to "
-                  f"{high:.2f}), median {1e3 * statistics.median(values):.2f} ms")  # fmt: skip
+            print(f"  {form}: ratio {middle:.2f} ({low:.2f} to {high:.2f}), adds "
+                  f"{1e3 * statistics.median(values):.2f} ms")  # fmt: skip
 
 
 if __name__ == "__main__":

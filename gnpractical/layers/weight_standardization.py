@@ -1,10 +1,4 @@
-"""Weight standardization: every filter of a convolution with zero mean and unit deviation.
-
-Source: "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization",
-arXiv 1903.10520, in the form its authors and mmcv train with: (w - mean) / (std + 1e-5), with
-the unbiased std. Other libraries put eps inside the root or use the biased std; their weights
-are not interchangeable to the last digits.
-"""
+"""Convolutions that standardize their weights: every filter with zero mean and unit deviation."""
 
 from __future__ import annotations
 
@@ -13,38 +7,26 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from gnpractical.layers.pairing import find_pairs
+from gnpractical.layers.standardized_weight import (
+    forget,
+    standardize_weight,
+    standardized_weight_of,
+)
 
 logger = logging.getLogger(__name__)
-
-EPS = 1e-5
-_TINY = 1e-20  # far below any real deviation
-
-
-def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
-    """``weight`` (out, in, *kernel) with each filter standardized, in the same dtype.
-
-    Computed in float32 (float64 for float64) also under autocast and for half weights.
-
-    Raises:
-        ValueError: filters of a single value, whose deviation is undefined.
-    """
-    if weight[0].numel() < 2:
-        raise ValueError(
-            f"weight standardization needs filters of at least two values; "
-            f"got a weight of shape {tuple(weight.shape)}"
-        )
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return _Standardize.apply(weight.to(dtype), eps).to(weight.dtype)
 
 
 class WSConv2d(nn.Conv2d):
     """``nn.Conv2d`` that convolves with its standardized weight; same state_dict keys."""
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(input, standardize_weight(weight), bias)
+        return super()._conv_forward(input, standardized_weight_of(self, weight), bias)
+
+    def train(self, mode: bool = True) -> WSConv2d:
+        forget(self)
+        return super().train(mode)
 
 
 # The standardized class of each class of convolution; gnpractical.d2 adds Detectron2's.
@@ -122,38 +104,6 @@ def fold_weight_standardization(model: nn.Module) -> int:
     for module in folded:
         with torch.no_grad():
             module.weight.copy_(standardize_weight(module.weight))
+        forget(module)
         module.__class__ = plain[type(module)]  # type: ignore[assignment]
     return len(folded)
-
-
-class _Standardize(torch.autograd.Function):
-    """y = (w - mean) / u per filter of n values, with u = s + eps, s the unbiased deviation.
-
-    In place on one tensor: a fresh one costs more than the arithmetic, since its memory has to be
-    mapped. Backward is layer norm's, whose kernel is one pass: with dL/dy = g and x = w - mean,
-
-        dL/dw = t (r (g - mean(g)) - x sum(g x) r^3 / n),  r^2 = n / ((n - 1) s u),  t = 1 / (r u).
-    """
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, eps: float) -> Tensor:
-        flat = weight.flatten(1)
-        mean = flat.mean(1, keepdim=True)
-        y = flat - mean
-        std = torch.linalg.vector_norm(y, dim=1, keepdim=True).mul_((y.shape[1] - 1) ** -0.5)
-        divisor = std + eps
-        y.mul_(divisor.reciprocal())
-        ctx.save_for_backward(weight, mean, std, divisor)
-        return y.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        weight, mean, std, divisor = (saved.flatten(1) for saved in ctx.saved_tensors)
-        n = weight.shape[1]
-        # A constant filter has x = 0, and only the mean is taken off its gradient.
-        rstd = std.mul((n - 1) / n).clamp_(min=_TINY).mul_(divisor).rsqrt_()
-        out, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad.reshape(weight.shape), weight, (n,), mean, rstd, None, None, [True, False, False]
-        )
-        return out.mul_((divisor * rstd).reciprocal_()).view(grad.shape), None

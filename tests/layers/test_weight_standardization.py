@@ -1,8 +1,15 @@
+import copy
+import pickle
+import weakref
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from gnpractical.layers.weight_standardization import WSConv2d, standardize_weight
+from gnpractical.layers import standardized_weight
+from gnpractical.layers.standardized_weight import standardize_weight, standardized_weight_of
+from gnpractical.layers.weight_standardization import WSConv2d, fold_weight_standardization
 
 
 def naive(weight, eps=1e-5):
@@ -84,3 +91,227 @@ def test_survives_torch_compile():
     x = torch.randn(1, 4, 6, 6)
     compiled = torch.compile(conv, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), conv(x))
+
+
+def gradient_of(conv, inputs):
+    """Of the summed squares of the outputs, by the reference's weight."""
+    weight = conv.weight.detach().clone().requires_grad_()
+    outputs = [nn.functional.conv2d(x, naive(weight), conv.bias) for x in inputs]
+    sum(out.square().sum() for out in outputs).backward()
+    return weight.grad
+
+
+def loss_of(conv, x):
+    return conv(x).square().sum()
+
+
+@pytest.fixture
+def conv():
+    return WSConv2d(3, 4, 3).double()
+
+
+@pytest.fixture
+def inputs():
+    return [torch.randn(1, 3, size, size).double() for size in (5, 7, 9)]
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """The weights that were standardized, one entry for each time."""
+    weights = []
+    original = standardized_weight._standardize
+
+    def count(weight, *args):
+        weights.append(weight)
+        return original(weight, *args)
+
+    monkeypatch.setattr(standardized_weight, "_standardize", count)
+    return weights
+
+
+def test_a_shared_convolution_is_standardized_once_a_step(conv, inputs, computed):
+    for steps in (1, 2, 3):
+        conv.weight.grad = None
+        sum(loss_of(conv, x) for x in inputs).backward()
+        assert len(computed) == steps
+        torch.testing.assert_close(conv.weight.grad, gradient_of(conv, inputs))
+        with torch.no_grad():
+            conv.weight.sub_(0.1 * torch.randn_like(conv.weight))
+
+
+def test_memory_is_kept_from_step_to_step(conv, inputs):
+    places = set()
+    for _ in range(3):
+        weight = standardized_weight_of(conv, conv.weight)
+        places.add(weight.data_ptr())
+        weight.square().sum().backward()
+        with torch.no_grad():
+            conv.weight.mul_(0.9)
+    assert len(places) == 1
+
+
+@pytest.mark.parametrize("order", ["aAbB", "abAB", "abBA", "abAcBC", "aAbBcC", "abcCBA"])
+def test_losses_one_after_the_other_in_any_order(conv, inputs, order):
+    losses = {}
+    for event in order:  # a lower case letter is a forward, the upper case one its backward
+        i = "abc".index(event.lower())
+        if event.islower():
+            losses[i] = loss_of(conv, inputs[i])
+        else:
+            losses[i].backward()
+    torch.testing.assert_close(conv.weight.grad, gradient_of(conv, [inputs[i] for i in losses]))
+
+
+def test_a_step_between_forward_and_backward_is_an_error(conv, inputs):
+    loss = loss_of(conv, inputs[0])
+    with torch.no_grad():
+        conv.weight.mul_(1.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    loss = loss_of(conv, inputs[0])
+    with torch.no_grad():
+        conv.weight.mul_(1.1)
+    loss_of(conv, inputs[1]).backward()  # overwrites what the first loss needs
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_validation_between_forward_and_backward(conv, inputs):
+    loss = loss_of(conv, inputs[0])
+    conv.eval()
+    with torch.no_grad():
+        conv(inputs[1])
+    conv.train()
+    loss.backward()
+    torch.testing.assert_close(conv.weight.grad, gradient_of(conv, inputs[:1]))
+
+
+def rewrite_in_place(conv):
+    with torch.no_grad():
+        conv.weight.copy_(torch.randn_like(conv.weight))
+
+
+def rewrite_by_state_dict(conv):
+    conv.load_state_dict({**conv.state_dict(), "weight": torch.randn_like(conv.weight)})
+
+
+def rewrite_by_assignment(conv):
+    state = {**conv.state_dict(), "weight": torch.randn_like(conv.weight)}
+    conv.load_state_dict(state, assign=True)
+
+
+def rewrite_by_new_data(conv):
+    conv.weight.data = torch.randn_like(conv.weight)
+
+
+def rewrite_through_data(conv):
+    conv.weight.data.copy_(torch.randn_like(conv.weight))
+    conv.eval()
+
+
+def change_the_dtype(conv):
+    conv.float()
+
+
+@pytest.mark.parametrize(
+    "rewrite",
+    [rewrite_in_place, rewrite_by_state_dict, rewrite_by_assignment, rewrite_by_new_data,
+     rewrite_through_data, change_the_dtype],
+)  # fmt: skip
+def test_without_gradients_kept_until_the_weight_changes(conv, inputs, computed, rewrite):
+    conv.eval()
+    with torch.no_grad():
+        for _ in range(3):
+            conv(inputs[0])
+        assert len(computed) == 1
+        rewrite(conv)
+        x = inputs[0].to(conv.weight.dtype)
+        expected = nn.functional.conv2d(x, naive(conv.weight), conv.bias)
+        torch.testing.assert_close(conv(x), expected)
+    assert len(computed) == 2
+
+
+def test_a_frozen_convolution_is_standardized_once(conv, inputs, computed):
+    conv.requires_grad_(False)
+    for x in inputs:
+        x.requires_grad_()
+        loss_of(conv, x).backward()
+    assert len(computed) == 1 and all(x.grad is not None for x in inputs)
+
+
+def test_inference_mode_first(conv, inputs, computed):
+    with torch.inference_mode():
+        conv(inputs[0])
+        conv(inputs[1])
+    assert len(computed) == 1
+    loss_of(conv, inputs[0]).backward()
+    assert len(computed) == 1
+    torch.testing.assert_close(conv.weight.grad, gradient_of(conv, inputs[:1]))
+    with torch.inference_mode():
+        expected = nn.functional.conv2d(inputs[0], naive(conv.weight), conv.bias)
+        torch.testing.assert_close(conv(inputs[0]), expected)
+    loss_of(conv, inputs[0]).backward()
+
+
+def test_from_validation_to_training_and_back(conv, inputs):
+    with torch.no_grad():
+        before = conv(inputs[0])
+    loss_of(conv, inputs[0]).backward()
+    torch.testing.assert_close(conv.weight.grad, gradient_of(conv, inputs[:1]))
+    with torch.no_grad():
+        torch.testing.assert_close(conv(inputs[0]), before)
+    with torch.inference_mode():
+        torch.testing.assert_close(conv(inputs[0]), before)
+
+
+def test_channels_last_weights(conv, inputs):
+    conv = conv.to(memory_format=torch.channels_last)
+    x = inputs[0].contiguous(memory_format=torch.channels_last)
+    weight = standardized_weight_of(conv, conv.weight)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    loss_of(conv, x).backward()
+    torch.testing.assert_close(conv.weight.grad, gradient_of(conv, [x]))
+
+
+def test_a_gradient_that_is_not_laid_out_as_the_weight(conv):
+    grad = torch.randn(4, 3, 3, 3).double().contiguous(memory_format=torch.channels_last)
+    kept = grad.clone()
+    weight = standardize_weight(conv.weight)
+    weight.backward(grad)
+    expected = torch.autograd.grad(naive(conv.weight), conv.weight, kept)[0]
+    torch.testing.assert_close(conv.weight.grad, expected)
+    assert torch.equal(grad, kept)
+
+
+def test_weights_that_are_no_parameters(conv, inputs):
+    weight = torch.randn(4, 3, 3, 3).double()
+    out = torch.func.functional_call(conv, {"weight": weight}, inputs[0])
+    torch.testing.assert_close(out, nn.functional.conv2d(inputs[0], naive(weight), conv.bias))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(conv, inputs, use_reentrant):
+    x = inputs[0].requires_grad_()
+    out = checkpoint(lambda x: conv(conv(x).narrow(1, 0, 3)), x, use_reentrant=use_reentrant)
+    out.square().sum().backward()
+    kept, conv.weight.grad = conv.weight.grad, None
+    conv(conv(x).narrow(1, 0, 3)).square().sum().backward()
+    torch.testing.assert_close(kept, conv.weight.grad)
+
+
+def test_nothing_is_kept_of_a_convolution_that_is_gone(inputs):
+    conv = WSConv2d(3, 4, 3).double()
+    loss_of(conv, inputs[0])
+    assert conv in standardized_weight._CACHE
+    copy.deepcopy(conv)
+    pickle.loads(pickle.dumps(conv))
+    kept = weakref.ref(standardized_weight._CACHE[conv])
+    del conv
+    assert kept() is None
+
+
+def test_folding_drops_what_is_kept(conv, inputs):
+    expected = conv(inputs[0])
+    fold_weight_standardization(conv)
+    assert conv not in standardized_weight._CACHE
+    torch.testing.assert_close(conv(inputs[0]), expected)
