@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gnpractical.layers.group_norm_op import group_norm
 from gnpractical.num_groups import RULES, check_num_groups, check_width, practical_num_groups
 
 # Not in RULES: no function of the widths; ``analysis.calibration`` chooses on a model and data.
@@ -130,11 +131,12 @@ class PracticalGroupNorm(nn.GroupNorm):
         self.num_groups = num_groups
 
     def forward(self, input: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            self._check(input)
-        # torch.group_norm, not F.group_norm: _check covers single-value groups for every batch
-        # size and in eval, F.group_norm only for a batch of one.
-        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        if torch.jit.is_scripting():
+            return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        # Not F.group_norm: _check covers single-value groups for every batch size and in eval,
+        # F.group_norm only for a batch of one.
+        self._check(input)
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
     @torch.jit.unused
     def _check(self, input: Tensor) -> None:
