@@ -14,23 +14,33 @@ from torch import Tensor
 
 
 def forward(
-    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """GroupNorm of ``x`` (N, C, P), none of them 0; ``y`` in the strides and dtype of ``x``.
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    relu: bool,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """GroupNorm of ``x`` (N, C, P), none of them 0, into ``out`` of its strides and dtype.
 
     Returns:
-        y, and mean and inverse deviation of every group, (N, num_groups), in float32 for half
-        precision.
+        Mean and inverse deviation of every group, (N, num_groups), in float32 for half precision.
     """
     wide = _widened(x)
+    y = out if out.dtype == wide.dtype else torch.empty_like(wide)
     mean = _group_means(wide.mean(2), num_groups)
     m = _of_channels(mean, wide)
-    memory = wide - m
-    variance = _group_means(torch.square(memory, out=memory).mean(2), num_groups)
+    torch.sub(wide, m, out=y)
+    variance = _group_means(torch.square(y, out=y).mean(2), num_groups)
     rstd = (variance + eps).rsqrt_()
     scale = _of_channels(rstd, wide) * weight[:, None]
-    y = torch.addcmul(torch.addcmul(bias[:, None], m, scale, value=-1), wide, scale, out=memory)
-    return (y.relu_() if relu else y).to(x.dtype), mean, rstd
+    torch.addcmul(torch.addcmul(bias[:, None], m, scale, value=-1), wide, scale, out=y)
+    if relu:
+        y.relu_()
+    if y is not out:
+        out.copy_(y)
+    return mean, rstd
 
 
 def backward(

@@ -77,10 +77,12 @@ def _forward(
     if input.numel() == 0:
         return _forward_fake(input, num_groups)
     maps = input.contiguous(memory_format=_layout(input))
-    y, mean, rstd = _kernels(input).forward(
-        _by_position(maps), num_groups, *_affine(input, weight, bias), eps, relu
+    y = torch.empty_like(maps)  # and no view of another tensor: a ReLU may overwrite it
+    affine = _affine(input, weight, bias)
+    mean, rstd = _kernels(input).forward(
+        _by_position(maps), num_groups, *affine, eps, relu, _by_position(y)
     )
-    return y.view(maps.shape), mean, rstd
+    return y, mean, rstd
 
 
 def _backward(

@@ -116,7 +116,7 @@ def _join_kernel(
 @_autotune
 @triton.jit
 def _normalize_kernel(
-    x, y, mean, rstd, weight, bias, C, P, D, stride_n, stride_c, stride_p, stride_c_is_1,
+    x, out, mean, rstd, weight, bias, C, P, D, stride_n, stride_c, stride_p, stride_c_is_1,
     RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(P, BLOCK_P)
@@ -132,7 +132,7 @@ def _normalize_kernel(
     value = (value - m) * (r * _of_channels(weight, c, C)) + _of_channels(bias, c, C)
     if RELU:
         value = tl.where(value < 0, 0.0, value)  # keeps a NaN
-    tl.store(y + where, value.to(y.dtype.element_ty), mask=mask)
+    tl.store(out + where, value.to(out.dtype.element_ty), mask=mask)
 
 
 @_autotune
@@ -197,12 +197,18 @@ def _input_gradient_kernel(
 
 
 def forward(
-    x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """GroupNorm of ``x`` (N, C, P), none of them 0; ``y`` in the strides and dtype of ``x``.
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    relu: bool,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """GroupNorm of ``x`` (N, C, P), none of them 0, into ``out`` of its strides and dtype.
 
     Returns:
-        y, and mean and inverse deviation of every group, (N, num_groups) in float32.
+        Mean and inverse deviation of every group, (N, num_groups) in float32.
     """
     n, channels, positions = x.shape
     size = channels // num_groups
@@ -217,11 +223,10 @@ def forward(
     _join_kernel[(n, num_groups)](
         means, squares, mean, rstd, channels, positions, size, part_length, parts, eps, BLOCK=block
     )
-    y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     _normalize_kernel[_tile_grid(x)](
-        x, y, mean, rstd, weight, bias, channels, positions, size, *layout, RELU=relu
+        x, out, mean, rstd, weight, bias, channels, positions, size, *layout, RELU=relu
     )
-    return y, mean, rstd
+    return mean, rstd
 
 
 def backward(

@@ -101,6 +101,13 @@ def test_keeps_channels_last():
         assert each.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("kind", [operator, function])
+def test_output_may_be_overwritten(kind):
+    x = channels_last(*LARGE).requires_grad_()
+    F.relu_(kind(x, 64, *affine(64))).sum().backward()
+    assert x.grad is not None
+
+
 def test_mean_far_above_the_deviation():
     x = channels_last(*LARGE) + 1000
     expected = F.group_norm(x.double(), 64)
