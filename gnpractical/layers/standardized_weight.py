@@ -142,43 +142,41 @@ def _empty_like(weight: Tensor) -> Tensor:
 
 
 def _standardize(weight: Tensor, eps: float, out: Tensor) -> tuple[Tensor, Tensor]:
-    """y = (w - mean) / u per filter, u = s + eps, s the unbiased deviation, into ``out``.
+    """y = (w - mean) / u per filter of n values, u = s + eps, s the unbiased deviation, in ``out``.
 
     Returns:
-        s and u, (out, 1) each.
+        What the gradient needs: 1 / u and -1 / ((n - 1) s), (out, 1) each.
     """
     rows, y = _rows(weight), _rows(out)
+    n = rows.shape[1]
     torch.sub(rows, rows.mean(1, keepdim=True), out=y)
-    std = torch.linalg.vector_norm(y, dim=1, keepdim=True).mul_((y.shape[1] - 1) ** -0.5)
-    divisor = std + eps
-    y.mul_(divisor.reciprocal())
-    return std, divisor
+    std = torch.linalg.vector_norm(y, dim=1, keepdim=True).mul_((n - 1) ** -0.5)
+    rate = (std + eps).reciprocal_()
+    y.mul_(rate)
+    return rate, std.mul_(1 - n).clamp_(max=-_TINY).reciprocal_()
 
 
 def _gradient(
-    grad: Tensor, y: Tensor, std: Tensor, divisor: Tensor, *, in_place: bool = False
+    grad: Tensor, y: Tensor, rate: Tensor, slope: Tensor, *, in_place: bool = False
 ) -> Tensor:
-    """dL/dw = (g - mean(g)) / u - y sum(g y) / ((n - 1) s) of filters of n values, g = dL/dy.
+    """dL/dw = (g - mean(g)) / u - y sum(g y) / ((n - 1) s), g = dL/dy.
 
     With ``in_place`` in the memory of ``grad``.
     """
     memory = grad.contiguous(memory_format=_format(y))
     g, y = _rows(memory), _rows(y)
     out, n = y.shape
-    # The gradients of group norm's weight and bias are sum(g y) and sum(g): one pass, no memory.
-    zero, one = std.new_zeros(1, out), std.new_ones(1, out)
-    _, dot, total = torch.ops.aten.native_group_norm_backward(
-        g[None], y[None], zero, one, None, 1, out, n, out, [False, True, True]
-    )
-    rate = divisor.reciprocal()
-    if in_place or memory is not grad:
-        g.mul_(rate)
-    else:
-        memory = memory * rate.view(-1, *[1] * (memory.dim() - 1))
+    # The gradients of group norm's weight and bias, rstd sum(g (y - mean)) and sum(g): one pass
+    # without memory. A constant filter has y = 0, and only the mean is taken off its gradient.
+    _, share, total = torch.ops.aten.native_group_norm_backward(
+        g[None], y[None], rate.new_zeros(1, out), slope.view(1, out), None, 1, out, n, out,
+        [False, True, True],
+    )  # fmt: skip
+    mean = total[:, None].div_(n)
+    if memory is grad and not in_place:
+        memory = grad.clone()
         g = _rows(memory)
-    # A constant filter has y = 0, and only the mean is taken off its gradient.
-    g.addcmul_(y, std.mul(1 - n).clamp_(max=-_TINY).reciprocal_().mul_(dot[:, None]))
-    g.sub_(rate.mul_(total[:, None] / n))
+    g.sub_(mean).mul_(rate).addcmul_(y, share[:, None])
     return memory
 
 
@@ -205,7 +203,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: Tensor, cached: _Cached) -> Tensor:
         ctx.weight, ctx.version = weight, weight._version
-        ctx.y, (ctx.std, ctx.divisor) = cached._value, cached._statistics
+        ctx.y, (ctx.rate, ctx.slope) = cached._value, cached._statistics
         ctx.cached = weakref.ref(cached)  # which holds this node
         return cached._value.detach()
 
@@ -222,4 +220,4 @@ class _Attach(torch.autograd.Function):
         if cached is not None:
             cached.expire()
         # The value goes nowhere but into its convolution, whose gradient nobody else holds.
-        return _gradient(grad, ctx.y, ctx.std, ctx.divisor, in_place=True), None
+        return _gradient(grad, ctx.y, ctx.rate, ctx.slope, in_place=True), None
