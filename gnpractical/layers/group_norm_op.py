@@ -46,11 +46,11 @@ def _has_faster(input: Tensor, num_groups: int) -> bool:
             and 0 < input.numel() <= _MAX_INDEX
         )
     return (
-        input.shape[1] < 4 * num_groups  # channels; PyTorch's kernel is quick from 8 to a group
+        _layout(input) is torch.channels_last
+        and input.shape[1] < 4 * num_groups  # channels; PyTorch's kernel is quick from 8 to a group
         and input.numel() >= 2**15
         and input.device.type == "cpu"
         and input.dtype in (torch.float32, torch.float64)
-        and _layout(input) is torch.channels_last
         and not torch.compiler.is_compiling()  # which makes its own loops of PyTorch's
     )
 
@@ -74,6 +74,12 @@ def _forward(
     eps: float,
     relu: bool,
 ) -> _Outputs:
+    sizes = [len(each) for each in (weight, bias) if each is not None]
+    if input.shape[1] % num_groups or any(size != input.shape[1] for size in sizes):
+        raise ValueError(
+            f"group_norm needs channels that {num_groups} groups divide, and as many weights and "
+            f"biases; got an input of shape {tuple(input.shape)} with {sizes or 'none'} of these"
+        )
     if input.numel() == 0:
         return _forward_fake(input, num_groups)
     maps = input.contiguous(memory_format=_layout(input))

@@ -12,12 +12,14 @@ triton. Imported with TRITON_INTERPRET=1, the kernels run on a CPU.
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _PROGRAMS_A_PROCESSOR = 8  # parts of the sums, so that every multiprocessor has a few
 _MIN_PART = 256  # positions
 _JOINED = 1024  # at most, at once

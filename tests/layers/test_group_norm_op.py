@@ -137,6 +137,14 @@ def test_chosen_where_it_is_faster(x, num_groups, ours):
     torch.testing.assert_close(y, F.group_norm(x, num_groups, norm.weight, norm.bias))
 
 
+def test_other_channels_are_refused():
+    norm = PracticalGroupNorm(64, 64, 64)
+    with pytest.raises(ValueError, match=r"64 groups.*\(2, 128, 16, 16\).*64, 64"):
+        norm(channels_last(2, 128, 16, 16))
+    with pytest.raises(ValueError, match=r"5 groups.*\(2, 64, 16, 16\)"):
+        operator(channels_last(*LARGE), 5, None, None)
+
+
 def test_graphs_hold_pytorchs_operator():
     x = channels_last(*LARGE)
     norm = PracticalGroupNorm(64, 64, 64).eval()
