@@ -26,6 +26,7 @@ from gnpractical.d2.evaluation import build_evaluator
 from gnpractical.d2.preflight import check_datasets
 from gnpractical.d2.probe import GradientProbe
 from gnpractical.layers.pairing import require_resolved
+from gnpractical.layers.weight_standardization import standardized_once
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,11 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Any:
         return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict:
+        with standardized_once(model):
+            return super().test(cfg, model, evaluators)
 
     @classmethod
     def evaluate(cls, cfg: CfgNode, *, resume: bool) -> dict:

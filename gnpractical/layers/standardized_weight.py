@@ -1,4 +1,4 @@
-"""The standardized weight of a convolution, its gradient, and when it has to be computed anew.
+"""The standardized weight of a convolution, its gradient, and how often it is computed.
 
 Source: "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization",
 arXiv 1903.10520, in the form its authors and mmcv train with: (w - mean) / (std + 1e-5), with
@@ -14,6 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import TensorWeakRef
+
+from gnpractical.layers.transforms import is_transformed
 
 EPS = 1e-5
 _TINY = 1e-20  # far below any real deviation
@@ -37,91 +41,122 @@ def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
 
 
 def standardized_weight_of(conv: nn.Conv2d, weight: Tensor) -> Tensor:
-    """``standardize_weight(weight)`` of this convolution, computed once for all calls in a step.
+    """``standardize_weight(weight)`` of this convolution, once for all its calls of one step.
 
-    Calls before the next backward share one result and one gradient; without gradients the result
-    is kept until the weight changes. It is computed anew after a backward, after an in-place
-    change of the weight, and after :func:`forget`. A write through ``weight.data``, which autograd
-    does not see either, is seen after the next backward or ``train()`` or ``eval()``.
+    While outputs of the convolution wait for their backward, its further calls share the result and
+    its gradient, unless the weight has changed. On a CPU the memory is kept from step to step:
+    fresh memory costs more than the arithmetic, since it has to be mapped.
     """
-    if not _is_cacheable(weight):
+    if not _is_plain(weight):
         return standardize_weight(weight)
-    cached = _CACHE.get(conv)
-    if cached is None or not cached.is_of(weight):
-        with torch.inference_mode(False):  # training may follow
-            cached = _CACHE[conv] = _Cached(weight)
-    return cached.get()
+    if not torch.is_grad_enabled() and conv in _CONSTANT:
+        state, constant = _CONSTANT[conv]
+        if state == _state(weight):
+            return constant
+    kept = _KEPT.get(conv)
+    if kept is None:
+        kept = _KEPT[conv] = _Kept()
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return kept.standardize(weight)[0]
+    shared = kept.shared(weight)
+    if shared is None:
+        shared = _StandardizeOnce.apply(weight, kept)
+        kept.share(weight, shared)
+    return shared
+
+
+def keep_constant(conv: nn.Conv2d) -> None:
+    """Standardize the weight for all calls without gradients until :func:`forget`.
+
+    A change that PyTorch counts (in place, ``load_state_dict``) is seen all the same.
+    """
+    if _is_plain(conv.weight):
+        with torch.no_grad():
+            _CONSTANT[conv] = _state(conv.weight), standardize_weight(conv.weight)
 
 
 def forget(conv: nn.Module) -> None:
-    """Drop what is kept of this convolution's standardized weight."""
-    _CACHE.pop(conv, None)
+    """Drop what is kept for this convolution."""
+    _CONSTANT.pop(conv, None)
+    _KEPT.pop(conv, None)
 
 
-def _is_cacheable(weight: Tensor) -> bool:
-    # A graph that is compiled or captured must hold the computation. Weights that are no
+def _is_plain(weight: Tensor) -> bool:
+    # Graphs that are compiled, traced or captured must hold the computation. Weights that are no
     # parameters (functional_call, parametrizations, replicas) are new tensors at every call.
     return (
-        type(weight) is nn.Parameter
+        not is_transformed()
+        and type(weight) is nn.Parameter
         and weight.dtype in (torch.float32, torch.float64)
         and weight[0].numel() > 1
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
         and not weight.is_inference()
         and not weight.is_meta
         and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 
-class _Cached:
-    """The standardized weight of one convolution, in memory that is kept from step to step.
+class _Kept:
+    """What one convolution keeps: memory, and the result that waits for its backward."""
 
-    Fresh memory of this size costs a CPU more than the arithmetic, since it has to be mapped.
-    """
+    def __init__(self) -> None:
+        self._memory: list[Tensor] = []  # at most one; pop and append are safe between threads
+        self._alone = 0
+        self._shared: tuple[Any, TensorWeakRef] | None = None
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
-        self._place = _place(weight)
-        self._version = -1
-        self._value = _empty_like(weight)
-        self._statistics: tuple[Tensor, Tensor] = (self._value, self._value)  # of _compute
-        self._shared: Tensor | None = None  # _value as a function of the weight
-        self._valid = False
+    def standardize(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`_standardize`, in memory that nothing else uses."""
+        memory = self._memory.pop() if self._memory else None
+        if (
+            memory is None
+            or _place(memory) != _place(weight)
+            or _users(memory) != self._alone  # a graph, or another thread
+        ):
+            with torch.inference_mode(False):  # training may follow
+                memory = torch.empty_like(weight, requires_grad=False)
+            self._alone = _users(memory)
+        with torch.no_grad():
+            _, rate, slope = _standardize(weight, EPS, memory)
+        y = memory.detach()
+        if weight.device.type == "cpu":
+            self._memory[:] = [memory]
+        return y, rate, slope
 
-    def is_of(self, weight: Tensor) -> bool:
-        return self._weight is weight and self._place == _place(weight)
+    def shared(self, weight: Tensor) -> Tensor | None:
+        state, shared = self._shared or (None, lambda: None)
+        return shared() if state == _state(weight) else None
 
-    def get(self) -> Tensor:
-        if not self._valid or self._version != self._weight._version:
-            self._compute()
-        if not (torch.is_grad_enabled() and self._weight.requires_grad):
-            return self._value
-        if self._shared is None:
-            self._shared = _Attach.apply(self._weight, self)
-        return self._shared
-
-    def _compute(self) -> None:
-        # A graph that still holds this memory needs the values of the weight it saw. If the weight
-        # has changed since, autograd shall find the memory changed as well, and say so.
-        changed = self._version != self._weight._version
-        with torch.inference_mode(False), torch.no_grad():
-            self._statistics = _standardize(
-                self._weight, EPS, self._value if changed else self._value.data
-            )
-        self._version = self._weight._version
-        self._shared = None
-        self._valid = True
+    def share(self, weight: Tensor, y: Tensor) -> None:
+        self._shared = _state(weight), TensorWeakRef(y)
 
     def expire(self) -> None:
         self._shared = None
-        self._valid = False
 
 
-_CACHE: weakref.WeakKeyDictionary[nn.Module, _Cached] = weakref.WeakKeyDictionary()
+_KEPT: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+_CONSTANT: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
+_steps = 0
 
 
-def _place(weight: Tensor) -> tuple[Any, ...]:
-    return weight.data_ptr(), weight.dtype, weight.device, weight.shape
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+# Fused optimizers change weights without raising their version.
+register_optimizer_step_post_hook(_count_step)
+
+
+def _state(weight: Tensor) -> tuple[Any, ...]:
+    """Another one when the weight has changed, as far as PyTorch can tell."""
+    return id(weight), weight.data_ptr(), weight._version, _steps
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _users(tensor: Tensor) -> int:
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -137,23 +172,22 @@ def _format(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _empty_like(weight: Tensor) -> Tensor:
-    return torch.empty_like(weight, requires_grad=False, memory_format=_format(weight))
-
-
-def _standardize(weight: Tensor, eps: float, out: Tensor) -> tuple[Tensor, Tensor]:
-    """y = (w - mean) / u per filter of n values, u = s + eps, s the unbiased deviation, in ``out``.
+def _standardize(
+    weight: Tensor, eps: float, out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = (w - mean) / u per filter of n values, u = s + eps, s the unbiased deviation.
 
     Returns:
-        What the gradient needs: 1 / u and -1 / ((n - 1) s), (out, 1) each.
+        y, and what its gradient needs: 1 / u and -1 / ((n - 1) s), (out, 1) each.
     """
-    rows, y = _rows(weight), _rows(out)
+    mean = _rows(weight).mean(1).view(-1, *[1] * (weight.dim() - 1))
+    y = weight - mean if out is None else torch.sub(weight, mean, out=out)
+    rows = _rows(y)
     n = rows.shape[1]
-    torch.sub(rows, rows.mean(1, keepdim=True), out=y)
-    std = torch.linalg.vector_norm(y, dim=1, keepdim=True).mul_((n - 1) ** -0.5)
+    std = torch.linalg.vector_norm(rows, dim=1, keepdim=True).mul_((n - 1) ** -0.5)
     rate = (std + eps).reciprocal_()
-    y.mul_(rate)
-    return rate, std.mul_(1 - n).clamp_(max=-_TINY).reciprocal_()
+    rows.mul_(rate)
+    return y, rate, std.mul_(1 - n).clamp_(max=-_TINY).reciprocal_()
 
 
 def _gradient(
@@ -183,8 +217,8 @@ def _gradient(
 class _Standardize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight: Tensor, eps: float) -> Tensor:
-        y = _empty_like(weight)
-        ctx.save_for_backward(y, *_standardize(weight, eps, y))
+        y, rate, slope = _standardize(weight, eps)
+        ctx.save_for_backward(y, rate, slope)
         return y
 
     @staticmethod
@@ -193,19 +227,20 @@ class _Standardize(torch.autograd.Function):
         return _gradient(grad, *ctx.saved_tensors), None
 
 
-class _Attach(torch.autograd.Function):
-    """The cached value as a function of the weight, for any number of backwards.
+class _StandardizeOnce(torch.autograd.Function):
+    """As ``_Standardize``, for any number of backwards and in kept memory.
 
-    Two losses that used the convolution may be differentiated one after the other, so nothing goes
-    into the saved tensors, which the first backward frees.
+    Two losses that share the result may be differentiated one after the other, so that nothing can
+    go into the saved tensors, which the first backward frees: it is computed again if need be.
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, cached: _Cached) -> Tensor:
+    def forward(ctx, weight: Tensor, kept: _Kept) -> Tensor:
+        y, ctx.rate, ctx.slope = kept.standardize(weight)
         ctx.weight, ctx.version = weight, weight._version
-        ctx.y, (ctx.rate, ctx.slope) = cached._value, cached._statistics
-        ctx.cached = weakref.ref(cached)  # which holds this node
-        return cached._value.detach()
+        ctx.y = y.detach()  # y itself will hold this node
+        ctx.kept = weakref.ref(kept)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -216,8 +251,11 @@ class _Attach(torch.autograd.Function):
                 f"by an inplace operation between its forward and its backward; do both before "
                 f"the optimizer's step"
             )
-        cached = ctx.cached()
-        if cached is not None:
-            cached.expire()
-        # The value goes nowhere but into its convolution, whose gradient nobody else holds.
-        return _gradient(grad, ctx.y, ctx.rate, ctx.slope, in_place=True), None
+        kept = ctx.kept()
+        if kept is not None:
+            kept.expire()
+        y, ctx.y = ctx.y, None
+        if y is None:
+            y, _, _ = _standardize(ctx.weight.detach(), EPS)
+        # The result goes nowhere but into its convolution, whose gradient nobody else holds.
+        return _gradient(grad, y, ctx.rate, ctx.slope, in_place=True), None

@@ -89,12 +89,11 @@ def _moments_kernel(
 
 @triton.jit
 def _join_kernel(
-    means, squares, mean, rstd, C, P, D, part_length, parts, eps, BLOCK: tl.constexpr
-):  # fmt: skip
+    means, squares, mean, rstd, C, P, D, part_length, parts, values, eps, BLOCK: tl.constexpr
+):
     """Mean and inverse deviation of one group, of D channels, of one image."""
     n, g = tl.program_id(0), tl.program_id(1)
     entries = parts * D
-    values = P.to(tl.float32) * D
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, entries, BLOCK):
         i = first + tl.arange(0, BLOCK)
@@ -173,7 +172,7 @@ def _gradient_sums_kernel(
 @_autotune
 @triton.jit
 def _input_gradient_kernel(
-    grad, x, out, mean, rstd, weight, bias, group_sums, group_sums_x, C, P, D,
+    grad, x, out, mean, rstd, weight, bias, group_sums, group_sums_x, C, P, D, values,
     stride_n, stride_c, stride_p, stride_c_is_1,
     RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -194,7 +193,7 @@ def _input_gradient_kernel(
     normalized = (tl.load(x + where, mask=mask, other=0.0).to(tl.float32) - m) * r
     if RELU:
         g = tl.where(normalized * w + _of_channels(bias, c, C) > 0, g, 0.0)
-    value = r * (w * g - (s + s_x * normalized) / (P.to(tl.float32) * D))
+    value = r * (w * g - (s + s_x * normalized) / values)
     tl.store(out + where, value.to(out.dtype.element_ty), mask=mask)
 
 
@@ -220,11 +219,12 @@ def forward(
     _moments_kernel[_part_grid(x, parts)](
         x, means, squares, channels, positions, part_length, parts, *layout
     )
-    mean, rstd = x.new_empty((2, n, num_groups), dtype=torch.float32)
+    mean, rstd = (x.new_empty((n, num_groups), dtype=torch.float32) for _ in range(2))
     block = min(triton.next_power_of_2(parts * size), _JOINED)
     _join_kernel[(n, num_groups)](
-        means, squares, mean, rstd, channels, positions, size, part_length, parts, eps, BLOCK=block
-    )
+        means, squares, mean, rstd, channels, positions, size, part_length, parts,
+        float(positions * size), eps, BLOCK=block,
+    )  # fmt: skip
     _normalize_kernel[_tile_grid(x)](
         x, out, mean, rstd, weight, bias, channels, positions, size, *layout, RELU=relu
     )
@@ -254,10 +254,10 @@ def backward(
     out = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
     _input_gradient_kernel[_tile_grid(x)](
         grad, x, out, mean, rstd, weight, bias, *group_sums, channels, positions, size,
-        *layout, RELU=relu,
+        float(positions * size), *layout, RELU=relu,
     )  # fmt: skip
-    bias_gradient, weight_gradient = sums.sum(1)
-    return out, weight_gradient, bias_gradient
+    bias_sums, weight_sums = sums
+    return out, weight_sums.sum(0), bias_sums.sum(0)
 
 
 def _parts(x: Tensor) -> tuple[int, int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from gnpractical.layers.pairing import find_pairs
 from gnpractical.layers.standardized_weight import (
     forget,
+    keep_constant,
     standardize_weight,
     standardized_weight_of,
 )
@@ -23,10 +25,6 @@ class WSConv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return super()._conv_forward(input, standardized_weight_of(self, weight), bias)
-
-    def train(self, mode: bool = True) -> WSConv2d:
-        forget(self)
-        return super().train(mode)
 
 
 # The standardized class of each class of convolution; gnpractical.d2 adds Detectron2's.
@@ -90,6 +88,23 @@ def apply_weight_standardization(model: nn.Module, prefixes: Sequence[str]) -> l
     return done
 
 
+@contextlib.contextmanager
+def standardized_once(model: nn.Module) -> Iterator[None]:
+    """Within, calls of ``model`` without gradients do not standardize its weights anew.
+
+    For evaluation, where nobody writes to the weights. A change that PyTorch counts (in place,
+    ``load_state_dict``) is seen all the same; one through ``weight.data`` is not.
+    """
+    convs = [module for module in model.modules() if isinstance(module, WSConv2d)]
+    for conv in convs:
+        keep_constant(conv)
+    try:
+        yield
+    finally:
+        for conv in convs:
+            forget(conv)
+
+
 def fold_weight_standardization(model: nn.Module) -> int:
     """Give every weight standardized convolution its standardized weights for good, in place.
 
@@ -98,12 +113,23 @@ def fold_weight_standardization(model: nn.Module) -> int:
 
     Returns:
         How many convolutions were folded.
+
+    Raises:
+        TypeError: a subclass of ``WSConv2d`` that has no plain class; nothing is folded.
     """
     plain = {standardized: cls for cls, standardized in STANDARDIZED.items()}
-    folded = [module for module in model.modules() if isinstance(module, WSConv2d)]
-    for module in folded:
-        with torch.no_grad():
-            module.weight.copy_(standardize_weight(module.weight))
-        forget(module)
-        module.__class__ = plain[type(module)]  # type: ignore[assignment]
-    return len(folded)
+    convs = [module for module in model.modules() if isinstance(module, WSConv2d)]
+    for conv in convs:
+        if type(conv) not in plain:
+            raise TypeError(
+                f"fold_weight_standardization knows {', '.join(c.__name__ for c in plain)}; "
+                f"got a {type(conv).__name__}. Remove its parametrizations, or add its plain class "
+                f"to gnpractical.layers.weight_standardization.STANDARDIZED."
+            )
+    with torch.no_grad():
+        for weight in {conv.weight for conv in convs}:  # which convolutions may share
+            weight.copy_(standardize_weight(weight))
+    for conv in convs:
+        forget(conv)
+        conv.__class__ = plain[type(conv)]  # type: ignore[assignment]
+    return len(convs)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from gnpractical.datasets.panoptic_evaluation import evaluate_panoptic, panoptic_prediction
 from gnpractical.datasets.pictures import draw_boxes, draw_segments, tile
+from gnpractical.layers.weight_standardization import standardized_once
 from gnpractical.tv.datasets import CocoImages
 from gnpractical.tv.distributed import gather, rank, world_size
 
@@ -55,19 +56,20 @@ def evaluate(
     # Not a DistributedSampler, which repeats images to give every process as many.
     indices = range(rank(), len(dataset), world_size())
     loader = DataLoader(Subset(dataset, indices), None, num_workers=workers)
-    for index, (image, target) in zip(
-        indices, tqdm(loader, desc="evaluation", leave=False, disable=None), strict=True
-    ):
-        (result,) = model([image.to(device)])
-        if "masks" in result:
-            result["masks"] = result["masks"][:, 0] > 0.5  # a quarter of the bytes to move
-        result = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()}
-        boxes += _instances(result, target["image_id"], dataset)
-        if dataset.panoptic:
-            panoptic.append(_panoptic(result, target["image_id"], dataset))
-        if rank() == 0 and len(tiles) < GRID_IMAGES:
-            picture = np.asarray(dataset.read_image(index))
-            tiles.append(np.concatenate([picture, _draw(picture, result, dataset)], axis=1))
+    with standardized_once(model):
+        for index, (image, target) in zip(
+            indices, tqdm(loader, desc="evaluation", leave=False, disable=None), strict=True
+        ):
+            (result,) = model([image.to(device)])
+            if "masks" in result:
+                result["masks"] = result["masks"][:, 0] > 0.5  # a quarter of the bytes to move
+            result = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()}
+            boxes += _instances(result, target["image_id"], dataset)
+            if dataset.panoptic:
+                panoptic.append(_panoptic(result, target["image_id"], dataset))
+            if rank() == 0 and len(tiles) < GRID_IMAGES:
+                picture = np.asarray(dataset.read_image(index))
+                tiles.append(np.concatenate([picture, _draw(picture, result, dataset)], axis=1))
     boxes, panoptic = gather(boxes), gather(panoptic)
     if rank():
         return {}

@@ -3,11 +3,14 @@ import pytest
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
+from detectron2.engine import DefaultTrainer
 from detectron2.layers import Conv2d, get_norm
 from detectron2.modeling import build_model
 from torch import nn
 
 from gnpractical.d2 import load_config
+from gnpractical.d2.trainer import Trainer
+from gnpractical.layers import standardized_weight
 from gnpractical.layers.weight_standardization import (
     WSConv2d,
     apply_weight_standardization,
@@ -66,6 +69,26 @@ def test_same_state_dict_keys_with_and_without():
 def test_prefix_that_matches_nothing():
     with pytest.raises(ValueError, match="'backbon' has no weight layer.*start with one of: back"):
         small_model("MODEL.GNP.WEIGHT_STANDARDIZATION", "['backbon']")
+
+
+def test_an_evaluation_standardizes_every_weight_once(monkeypatch):
+    cfg = load_config("", [*R18, "MODEL.GNP.WEIGHT_STANDARDIZATION", "['backbone']"])
+    model = build_model(cfg).eval()
+    computed = []
+    original = standardized_weight._standardize
+    monkeypatch.setattr(
+        standardized_weight, "_standardize",
+        lambda weight, *args: computed.append(weight) or original(weight, *args),
+    )  # fmt: skip
+
+    def evaluate(cls, cfg, model, evaluators):
+        with torch.no_grad():
+            for _ in range(2):
+                model.backbone(torch.rand(1, 3, 64, 64))
+
+    monkeypatch.setattr(DefaultTrainer, "test", classmethod(evaluate))
+    Trainer.test(cfg, model)
+    assert len(computed) == sum(isinstance(m, WSConv2d) for m in model.modules())
 
 
 def test_deformable_convolutions_are_left_and_said(caplog):

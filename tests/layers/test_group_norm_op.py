@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from gnpractical import PracticalGroupNorm, measure_gradient_variance
 from gnpractical.layers import group_norm_op
@@ -137,12 +138,51 @@ def test_chosen_where_it_is_faster(x, num_groups, ours):
     torch.testing.assert_close(y, F.group_norm(x, num_groups, norm.weight, norm.bias))
 
 
-def test_other_channels_are_refused():
+def test_what_pytorch_refuses_is_refused():
     norm = PracticalGroupNorm(64, 64, 64)
-    with pytest.raises(ValueError, match=r"64 groups.*\(2, 128, 16, 16\).*64, 64"):
+    with pytest.raises(ValueError, match=r"64 groups.*\(2, 128, 16, 16\).*\(64,\), \(64,\)"):
         norm(channels_last(2, 128, 16, 16))
     with pytest.raises(ValueError, match=r"5 groups.*\(2, 64, 16, 16\)"):
         operator(channels_last(*LARGE), 5, None, None)
+    with pytest.raises(TypeError, match="float64.*float32"):
+        norm(channels_last(*LARGE).double())
+
+
+def test_gradients_of_the_gradient_where_the_affine_depends_on_the_input():
+    def gradient(norm, create_graph):
+        x = channels_last(*LARGE, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+        x.requires_grad_()
+        weight = x.mean((0, 2, 3)) + 1
+        y = norm(x, 32, weight, weight)
+        return torch.autograd.grad(y.pow(3).sum(), x, create_graph=create_graph)[0]
+
+    expected = gradient(torch.group_norm, False)
+    for create_graph in (False, True):
+        torch.testing.assert_close(gradient(group_norm, create_graph), expected)
+
+
+def test_function_transforms():
+    norm = PracticalGroupNorm(64, 64, 64)
+    x, tangent = channels_last(*LARGE), channels_last(*LARGE)
+
+    def transforms(norm):
+        yield torch.func.vmap(norm)(torch.stack([x, tangent]))
+        yield torch.func.grad(lambda x: norm(x).pow(3).sum())(x)
+        yield torch.func.jvp(norm, (x,), (tangent,))[1]
+        yield make_fx(norm)(x)(x)
+
+    plain = nn.GroupNorm(64, 64)
+    for one, other in zip(transforms(norm), transforms(plain), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_export_with_dynamic_shapes():
+    norm = PracticalGroupNorm(64, 64, 64).eval()
+    n, side = torch.export.Dim("n", max=64), torch.export.Dim("side", min=2, max=512)
+    shapes = ({0: n, 2: side, 3: side},)
+    exported = torch.export.export(norm, (channels_last(2, 64, 8, 8),), dynamic_shapes=shapes)
+    x = channels_last(9, 64, 40, 40)
+    torch.testing.assert_close(exported.module()(x), norm(x), rtol=1e-4, atol=1e-4)
 
 
 def test_graphs_hold_pytorchs_operator():

@@ -111,6 +111,23 @@ def test_through_the_operator(kernels, monkeypatch, name, with_affine):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_affine_of_any_strides(kernels, monkeypatch):
+    monkeypatch.setattr(group_norm_op, "_kernels", lambda input: kernels)
+    x, weight, bias = torch.randn(2, 6, 4), torch.randn(6, 2)[:, 0], torch.ones(1).expand(6)
+    y, *_ = torch.ops.gnpractical.group_norm(x, 2, weight, bias, 1e-5, False)
+    torch.testing.assert_close(y, torch.group_norm(x, 2, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_outputs_share_no_memory(kernels, monkeypatch):
+    monkeypatch.setattr(group_norm_op, "_kernels", lambda input: kernels)
+    x, weight, bias = (torch.randn(2, 6, 4).requires_grad_(), *torch.randn(2, 6).unbind())
+    results = torch.library.opcheck(
+        torch.ops.gnpractical.group_norm, (x, 2, weight.clone(), bias.clone(), 1e-5, False),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+    assert set(results.values()) == {"SUCCESS"}
+
+
 def test_mean_far_above_the_deviation(kernels):
     x = torch.randn(2, 8, 6, 6) + 1000
     maps = by_position(x, torch.channels_last)
@@ -139,14 +156,18 @@ def test_compiles_for_a_gpu(architecture, tmp_path):
         pytest.skip("Triton has no assembler here")
     assert run.returncode == 0, run.stderr
     compiled = run.stdout.splitlines()
-    assert len(compiled) == 4 * 2
+    assert len(compiled) == 5 * 2 * 2
     for line in compiled:
+        if "join" in line or "ones" in line:
+            continue  # no maps, or of one value
         assert re.search("loads 16 bytes True", line) and "local memory False" in line, line
 
 
 # In a process of its own: the module is imported with its kernels to be compiled.
 COMPILE = """
+import itertools
 import sys
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from gnpractical.layers import triton_group_norm
@@ -155,24 +176,29 @@ POINTERS = {"x": "*bf16", "grad": "*bf16", "out": "*bf16"}
 FLOATS = {"means", "squares", "mean", "rstd", "weight", "bias", "sums", "sums_x", "group_sums",
           "group_sums_x"}
 ALIGNED = {"C", "P", "part_length", "stride_n", "stride_c", "stride_p"}
-for kernel in ("moments", "normalize", "gradient_sums", "input_gradient"):
-    function = getattr(triton_group_norm, f"_{kernel}_kernel").fn
-    for contiguous in ("stride_c", "stride_p"):
-        constants = {"RELU": True, "BLOCK_C": 64, "BLOCK_P": 32, contiguous: 1}
-        if contiguous == "stride_p":
-            constants |= {"BLOCK_C": 4, "BLOCK_P": 512}
-        signature, values, attributes = {}, {}, {}
-        for i, name in enumerate(function.arg_names):
-            if name in constants:
-                signature[name], values[(i,)] = "constexpr", constants[name]
-            else:
-                signature[name] = POINTERS.get(name) or ("*fp32" if name in FLOATS else "i32")
-                if signature[name] != "i32" or name in ALIGNED:
-                    attributes[(i,)] = [["tt.divisibility", 16]]
-        ptx = compile(
-            ASTSource(function, signature, values, attributes),
-            target=GPUTarget("cuda", int(sys.argv[1]), 32),
-        ).asm["ptx"]
-        print(kernel, contiguous, "loads 16 bytes", "ld.global.v4.b32" in ptx,
-              "local memory", "st.local" in ptx)
+KERNELS = ("moments", "join", "normalize", "gradient_sums", "input_gradient")
+ONES = {"P": 1, "parts": 1, "C": 1, "D": 1, "stride_n": 1}  # which Triton takes for constants
+for kernel, contiguous, ones in itertools.product(KERNELS, ("stride_c", "stride_p"), ({}, ONES)):
+    function = getattr(triton_group_norm, f"_{kernel}_kernel")
+    if isinstance(function, triton.runtime.Autotuner):
+        function = function.fn
+    constants = {"RELU": True, "BLOCK_C": 64, "BLOCK_P": 32, "BLOCK": 1024, contiguous: 1, **ones}
+    if contiguous == "stride_p":
+        constants |= {"BLOCK_C": 4, "BLOCK_P": 512}
+    signature, values, attributes = {}, {}, {}
+    for i, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name], values[(i,)] = "constexpr", constants[name]
+        elif name in ("values", "eps"):
+            signature[name] = "fp32"
+        else:
+            signature[name] = POINTERS.get(name) or ("*fp32" if name in FLOATS else "i32")
+            if signature[name].startswith("*") or name in ALIGNED:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    ptx = compile(
+        ASTSource(function, signature, values, attributes),
+        target=GPUTarget("cuda", int(sys.argv[1]), 32),
+    ).asm["ptx"]
+    print(kernel, contiguous, "ones" if ones else "", "loads 16 bytes", "ld.global.v4.b32" in ptx,
+          "local memory", "st.local" in ptx)
 """

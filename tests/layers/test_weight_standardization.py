@@ -1,15 +1,21 @@
 import copy
 import pickle
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from gnpractical.layers import standardized_weight
 from gnpractical.layers.standardized_weight import standardize_weight, standardized_weight_of
-from gnpractical.layers.weight_standardization import WSConv2d, fold_weight_standardization
+from gnpractical.layers.weight_standardization import (
+    WSConv2d,
+    fold_weight_standardization,
+    standardized_once,
+)
 
 
 def naive(weight, eps=1e-5):
@@ -145,6 +151,7 @@ def test_memory_is_kept_from_step_to_step(conv, inputs):
         weight = standardized_weight_of(conv, conv.weight)
         places.add(weight.data_ptr())
         weight.square().sum().backward()
+        del weight
         with torch.no_grad():
             conv.weight.mul_(0.9)
     assert len(places) == 1
@@ -206,51 +213,109 @@ def rewrite_by_new_data(conv):
 
 def rewrite_through_data(conv):
     conv.weight.data.copy_(torch.randn_like(conv.weight))
-    conv.eval()
+
+
+def rewrite_through_numpy(conv):
+    conv.weight.detach().numpy()[...] = torch.randn(conv.weight.shape).numpy()
 
 
 def change_the_dtype(conv):
     conv.float()
 
 
-@pytest.mark.parametrize(
-    "rewrite",
-    [rewrite_in_place, rewrite_by_state_dict, rewrite_by_assignment, rewrite_by_new_data,
-     rewrite_through_data, change_the_dtype],
-)  # fmt: skip
-def test_without_gradients_kept_until_the_weight_changes(conv, inputs, computed, rewrite):
-    conv.eval()
-    with torch.no_grad():
-        for _ in range(3):
-            conv(inputs[0])
-        assert len(computed) == 1
-        rewrite(conv)
-        x = inputs[0].to(conv.weight.dtype)
-        expected = nn.functional.conv2d(x, naive(conv.weight), conv.bias)
-        torch.testing.assert_close(conv(x), expected)
-    assert len(computed) == 2
+SEEN = [rewrite_in_place, rewrite_by_state_dict, rewrite_by_assignment, rewrite_by_new_data,
+        change_the_dtype]  # fmt: skip
+NOT_COUNTED = [rewrite_through_data, rewrite_through_numpy]
 
 
-def test_a_frozen_convolution_is_standardized_once(conv, inputs, computed):
-    conv.requires_grad_(False)
+def output_of(conv, x):
+    return nn.functional.conv2d(x.to(conv.weight.dtype), naive(conv.weight), conv.bias)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("rewrite", SEEN + NOT_COUNTED)
+def test_every_change_of_the_weight_is_seen(conv, inputs, rewrite, trained, mode):
+    conv.requires_grad_(trained)
+    x = inputs[0].requires_grad_()
+    for _ in range(3):
+        with mode():
+            conv(x.to(conv.weight.dtype))
+        with torch.no_grad():
+            rewrite(conv)
+        with mode():
+            torch.testing.assert_close(conv(x.to(conv.weight.dtype)), output_of(conv, x))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_fused_optimizers(conv, inputs, optimizer, kept):
+    optimizer = optimizer(conv.parameters(), lr=0.1, fused=True)
     for x in inputs:
-        x.requires_grad_()
+        optimizer.zero_grad()
         loss_of(conv, x).backward()
-    assert len(computed) == 1 and all(x.grad is not None for x in inputs)
+        logged = conv(x) if kept else conv(x).detach()  # between backward and step
+        optimizer.step()
+        torch.testing.assert_close(conv(x), output_of(conv, x))
+        del logged
 
 
-def test_inference_mode_first(conv, inputs, computed):
-    with torch.inference_mode():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("rewrite", SEEN)
+def test_standardized_once_until_the_weight_changes(conv, inputs, computed, rewrite, mode):
+    with standardized_once(nn.Sequential(conv)), mode():
+        for x in inputs:
+            torch.testing.assert_close(conv(x), output_of(conv, x))
+        assert len(computed) == 1
+        with torch.no_grad():
+            rewrite(conv)
+        x = inputs[0].to(conv.weight.dtype)
+        torch.testing.assert_close(conv(x), output_of(conv, x))
+    assert len(computed) == 2
+    with mode():
+        conv(x)
+    assert len(computed) == 3
+
+
+def test_training_while_standardized_once(conv, inputs):
+    with torch.inference_mode(), standardized_once(conv):
         conv(inputs[0])
-        conv(inputs[1])
-    assert len(computed) == 1
-    loss_of(conv, inputs[0]).backward()
-    assert len(computed) == 1
+        with torch.inference_mode(False):
+            loss_of(conv, inputs[0]).backward()
     torch.testing.assert_close(conv.weight.grad, gradient_of(conv, inputs[:1]))
-    with torch.inference_mode():
-        expected = nn.functional.conv2d(inputs[0], naive(conv.weight), conv.bias)
-        torch.testing.assert_close(conv(inputs[0]), expected)
-    loss_of(conv, inputs[0]).backward()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_threads(inputs, trained):
+    conv = WSConv2d(64, 64, 3)  # large enough that they meet
+    x = torch.randn(1, 64, 8, 8)
+    expected = output_of(conv, x)
+    gradient = torch.autograd.grad(loss_of(conv, x), conv.weight)[0]
+
+    def run(_):
+        if trained:
+            return torch.autograd.grad(loss_of(conv, x), conv.weight)[0]
+        with torch.no_grad():
+            return conv(x)
+
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(run, range(200)):
+            torch.testing.assert_close(
+                result, gradient if trained else expected, rtol=1e-3, atol=1e-2
+            )
+
+
+def test_nothing_is_left_of_a_fake_forward(conv, inputs):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        conv(mode.from_tensor(inputs[0]))
+    torch.testing.assert_close(conv(inputs[0]), output_of(conv, inputs[0]))
+
+
+def test_exported_with_gradients(conv, inputs):
+    exported = torch.export.export(conv, (inputs[0],)).module()
+    out = exported(inputs[0])
+    torch.testing.assert_close(out, output_of(conv, inputs[0]))
+    assert out.requires_grad
 
 
 def test_from_validation_to_training_and_back(conv, inputs):
@@ -302,16 +367,29 @@ def test_activation_checkpointing(conv, inputs, use_reentrant):
 def test_nothing_is_kept_of_a_convolution_that_is_gone(inputs):
     conv = WSConv2d(3, 4, 3).double()
     loss_of(conv, inputs[0])
-    assert conv in standardized_weight._CACHE
     copy.deepcopy(conv)
     pickle.loads(pickle.dumps(conv))
-    kept = weakref.ref(standardized_weight._CACHE[conv])
+    kept = weakref.ref(standardized_weight._KEPT[conv])
     del conv
     assert kept() is None
 
 
-def test_folding_drops_what_is_kept(conv, inputs):
-    expected = conv(inputs[0])
-    fold_weight_standardization(conv)
-    assert conv not in standardized_weight._CACHE
-    torch.testing.assert_close(conv(inputs[0]), expected)
+def test_folding(conv, inputs):
+    model = nn.ModuleList([conv, WSConv2d(3, 4, 3).double()])
+    model[1].weight = conv.weight  # shared: to be standardized once
+    expected = [layer(inputs[0]) for layer in model]
+    assert fold_weight_standardization(model) == 2
+    assert [type(layer) for layer in model] == [nn.Conv2d] * 2
+    assert conv not in standardized_weight._KEPT
+    for layer, out in zip(model, expected, strict=True):
+        torch.testing.assert_close(layer(inputs[0]), out)
+
+
+def test_folding_what_it_does_not_know_changes_nothing(conv):
+    class Other(WSConv2d):
+        pass
+
+    weight = conv.weight.detach().clone()
+    with pytest.raises(TypeError, match="got a Other"):
+        fold_weight_standardization(nn.Sequential(conv, Other(3, 4, 3)))
+    assert type(conv) is WSConv2d and torch.equal(conv.weight, weight)
