@@ -49,8 +49,8 @@ def standardized_weight_of(conv: nn.Conv2d, weight: Tensor) -> Tensor:
     """
     if not _is_plain(weight):
         return standardize_weight(weight)
-    if not torch.is_grad_enabled() and conv in _CONSTANT:
-        state, constant = _CONSTANT[conv]
+    if not torch.is_grad_enabled():
+        state, constant = _CONSTANT.get(conv, (None, weight))
         if state == _state(weight):
             return constant
     kept = _KEPT.get(conv)
@@ -99,20 +99,22 @@ class _Kept:
     """What one convolution keeps: memory, and the result that waits for its backward."""
 
     def __init__(self) -> None:
-        self._memory: list[Tensor] = []  # at most one; pop and append are safe between threads
+        self._memory: list[Tensor] = []  # at most one, which a thread takes out to use it
         self._alone = 0
         self._shared: tuple[Any, TensorWeakRef] | None = None
 
     def standardize(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`_standardize`, in memory that nothing else uses."""
-        memory = self._memory.pop() if self._memory else None
-        if (
-            memory is None
-            or _place(memory) != _place(weight)
-            or _users(memory) != self._alone  # a graph, or another thread
-        ):
+        try:
+            memory = self._memory.pop()
+            fits = _place(memory) == _place(weight) and _users(memory) == self._alone
+        except IndexError:
+            fits = False
+        if not fits:
             with torch.inference_mode(False):  # training may follow
-                memory = torch.empty_like(weight, requires_grad=False)
+                memory = torch.empty_like(
+                    weight, requires_grad=False, memory_format=_format(weight)
+                )
             self._alone = _users(memory)
         with torch.no_grad():
             _, rate, slope = _standardize(weight, EPS, memory)
@@ -152,7 +154,7 @@ def _state(weight: Tensor) -> tuple[Any, ...]:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    return tensor.shape, _format(tensor), tensor.dtype, tensor.device
 
 
 def _users(tensor: Tensor) -> int:
@@ -160,7 +162,7 @@ def _users(tensor: Tensor) -> int:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """View as (out, values of one filter), in the order they lie in memory; copies if it must."""
+    """(out, values of one filter), in the order they lie in memory."""
     if _format(tensor) is torch.channels_last:
         tensor = tensor.permute(0, 2, 3, 1)
     return tensor.reshape(len(tensor), -1)
@@ -181,8 +183,11 @@ def _standardize(
         y, and what its gradient needs: 1 / u and -1 / ((n - 1) s), (out, 1) each.
     """
     mean = _rows(weight).mean(1).view(-1, *[1] * (weight.dim() - 1))
-    y = weight - mean if out is None else torch.sub(weight, mean, out=out)
-    rows = _rows(y)
+    if out is None:
+        y = (weight - mean).contiguous(memory_format=_format(weight))
+    else:
+        y = torch.sub(weight, mean, out=out)
+    rows = _rows(y)  # a view
     n = rows.shape[1]
     std = torch.linalg.vector_norm(rows, dim=1, keepdim=True).mul_((n - 1) ** -0.5)
     rate = (std + eps).reciprocal_()

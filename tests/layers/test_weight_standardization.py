@@ -338,6 +338,18 @@ def test_channels_last_weights(conv, inputs):
     torch.testing.assert_close(conv.weight.grad, gradient_of(conv, [x]))
 
 
+@pytest.mark.parametrize("order", [(1, 0, 2, 3), (0, 2, 1, 3), (3, 1, 2, 0)])
+def test_weights_in_any_order_of_memory(inputs, order):
+    conv = WSConv2d(3, 3, 3).double()
+    conv.weight = nn.Parameter(torch.randn(3, 3, 3, 3).double().permute(order))
+    for _ in range(2):
+        conv.weight.grad = None
+        torch.testing.assert_close(conv(inputs[0]), output_of(conv, inputs[0]))
+        loss_of(conv, inputs[0]).backward()
+        torch.testing.assert_close(conv.weight.grad, gradient_of(conv, inputs[:1]))
+    torch.testing.assert_close(standardize_weight(conv.weight), naive(conv.weight))
+
+
 def test_a_gradient_that_is_not_laid_out_as_the_weight(conv):
     grad = torch.randn(4, 3, 3, 3).double().contiguous(memory_format=torch.channels_last)
     kept = grad.clone()
