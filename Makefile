@@ -32,7 +32,7 @@ bench: setup
 	@for script in group_norm weight_standardization folding simulation_speed calibration; do \
 	  echo "== $$script"; PYTHONWARNINGS=ignore $(BIN)/python benchmarks/$$script.py || exit 1; done
 	@if $(BIN)/python -c "import detectron2" 2>/dev/null; then \
-	  for script in "norm_overhead.py step" "norm_overhead.py ws" "norm_overhead.py build" frameworks.py probe_cost.py; do \
+	  for script in "norm_overhead.py step" "norm_overhead.py ws" "norm_overhead.py build" "norm_overhead.py memory" frameworks.py probe_cost.py; do \
 	    echo "== $$script"; PYTHONWARNINGS=ignore $(BIN)/python benchmarks/$$script || exit 1; done; \
 	else echo "Detectron2 is not installed: no whole training steps"; fi
 

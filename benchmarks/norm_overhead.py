@@ -12,7 +12,8 @@ channels_last, and with FrozenBN (in the backbone; no norm elsewhere). `ws`: the
 R-CNN R-50 at GN_PRACTICAL without weight standardization, with it in backbone, FPN and box head,
 with it at GN, and with FrozenBN. A dtype runs them under autocast. `memory`: the peak of every
 variant's process over three steps. `build`: building R-101-FPN, the part of it spent resolving
-group counts, and a group report. Medians, and the quartiles of the ratios to the first variant.
+group counts, a group report, and a conversion to another rule. Medians, and the quartiles of the
+ratios to the first variant.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from detectron2.modeling import build_backbone, build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from gnpractical import group_report
+from gnpractical import convert, group_report
 from gnpractical.d2 import load_config
 from gnpractical.layers import pairing
 
@@ -146,7 +147,7 @@ def print_memory(size):
 
 
 def build_times(repeats):
-    times = {"GN": [], "GN_PRACTICAL": [], "resolving": [], "report": []}
+    times = {"GN": [], "GN_PRACTICAL": [], "resolving": [], "report": [], "convert": []}
     resolve = pairing._feeding_layer
 
     def timed(*args):
@@ -167,9 +168,12 @@ def build_times(repeats):
                 times[norm].append(time.perf_counter() - start)
         start = time.perf_counter()
         group_report(backbone)
+        reported = time.perf_counter()
+        convert(backbone, rule="closest")
         if i:
             times["resolving"].append(spent[0])
-            times["report"].append(time.perf_counter() - start)
+            times["report"].append(reported - start)
+            times["convert"].append(time.perf_counter() - reported)
     return times
 
 
