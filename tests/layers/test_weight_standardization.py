@@ -247,6 +247,14 @@ def test_every_change_of_the_weight_is_seen(conv, inputs, rewrite, trained, mode
             torch.testing.assert_close(conv(x.to(conv.weight.dtype)), output_of(conv, x))
 
 
+def test_a_step_that_pytorch_does_not_count_while_another_loss_waits(conv, inputs):
+    first, second = loss_of(conv, inputs[0]), loss_of(conv, inputs[1])
+    first.backward()
+    rewrite_through_data(conv)
+    torch.testing.assert_close(conv(inputs[2]), output_of(conv, inputs[2]))
+    assert second.requires_grad  # and its graph is still there
+
+
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
 def test_fused_optimizers(conv, inputs, optimizer, kept):
