@@ -53,8 +53,17 @@ def _offsets(n, c, p, stride_n, stride_c, stride_p):
 
 
 @triton.jit
-def _of_channels(values, c, C):
-    return tl.load(values + c, mask=c < C, other=0.0).to(tl.float32)[:, None]
+def _column(values, index, mask):
+    return tl.load(values + index, mask=mask, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def _tile(P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Image, channels and positions of this program."""
+    tiles = tl.cdiv(P, BLOCK_P)
+    n, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return n, c, tile * BLOCK_P + tl.arange(0, BLOCK_P)
 
 
 @_autotune
@@ -120,17 +129,14 @@ def _normalize_kernel(
     x, out, mean, rstd, weight, bias, C, P, D, stride_n, stride_c, stride_p, stride_c_is_1,
     RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(P, BLOCK_P)
-    n, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    n, c, p = _tile(P, BLOCK_C, BLOCK_P)
     mask = (c[:, None] < C) & (p[None, :] < P)
     where = _offsets(n, c, p, stride_n, stride_c, stride_p)
     group = n * (C // D) + c // D
-    m = tl.load(mean + group, mask=c < C, other=0.0)[:, None]
-    r = tl.load(rstd + group, mask=c < C, other=0.0)[:, None]
+    m = _column(mean, group, c < C)
+    r = _column(rstd, group, c < C)
     value = tl.load(x + where, mask=mask, other=0.0).to(tl.float32)
-    value = (value - m) * (r * _of_channels(weight, c, C)) + _of_channels(bias, c, C)
+    value = (value - m) * (r * _column(weight, c, c < C)) + _column(bias, c, c < C)
     if RELU:
         value = tl.where(value < 0, 0.0, value)  # keeps a NaN
     tl.store(out + where, value.to(out.dtype.element_ty), mask=mask)
@@ -147,9 +153,9 @@ def _gradient_sums_kernel(
     n, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     group = n * (C // D) + c // D
-    m = tl.load(mean + group, mask=c < C, other=0.0)[:, None]
-    r = tl.load(rstd + group, mask=c < C, other=0.0)[:, None]
-    w, b = _of_channels(weight, c, C), _of_channels(bias, c, C)
+    m = _column(mean, group, c < C)
+    r = _column(rstd, group, c < C)
+    w, b = _column(weight, c, c < C), _column(bias, c, c < C)
     start = part * part_length
     end = tl.minimum(start + part_length, P)
     total = tl.zeros((BLOCK_C,), tl.float32)
@@ -177,22 +183,19 @@ def _input_gradient_kernel(
     RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dL/dx = rstd (weight g - (S + S_x (x - mean) rstd) / values), S and S_x sums over a group."""
-    tiles = tl.cdiv(P, BLOCK_P)
-    n, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    n, c, p = _tile(P, BLOCK_C, BLOCK_P)
     mask = (c[:, None] < C) & (p[None, :] < P)
     where = _offsets(n, c, p, stride_n, stride_c, stride_p)
     group = n * (C // D) + c // D
-    m = tl.load(mean + group, mask=c < C, other=0.0)[:, None]
-    r = tl.load(rstd + group, mask=c < C, other=0.0)[:, None]
-    s = tl.load(group_sums + group, mask=c < C, other=0.0)[:, None]
-    s_x = tl.load(group_sums_x + group, mask=c < C, other=0.0)[:, None]
-    w = _of_channels(weight, c, C)
+    m = _column(mean, group, c < C)
+    r = _column(rstd, group, c < C)
+    s = _column(group_sums, group, c < C)
+    s_x = _column(group_sums_x, group, c < C)
+    w = _column(weight, c, c < C)
     g = tl.load(grad + where, mask=mask, other=0.0).to(tl.float32)
     normalized = (tl.load(x + where, mask=mask, other=0.0).to(tl.float32) - m) * r
     if RELU:
-        g = tl.where(normalized * w + _of_channels(bias, c, C) > 0, g, 0.0)
+        g = tl.where(normalized * w + _column(bias, c, c < C) > 0, g, 0.0)
     value = r * (w * g - (s + s_x * normalized) / values)
     tl.store(out + where, value.to(out.dtype.element_ty), mask=mask)
 
