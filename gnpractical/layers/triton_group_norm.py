@@ -58,12 +58,25 @@ def _column(values, index, mask):
 
 
 @triton.jit
-def _tile(P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Image, channels and positions of this program."""
+def _part(C, P, part_length, parts, BLOCK_C: tl.constexpr):
+    """Image, channels and positions of this program's part, and where its sums go."""
+    n, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    start = part * part_length
+    return n, c, start, tl.minimum(start + part_length, P), (n * parts + part) * C + c
+
+
+@triton.jit
+def _tile(
+    C, P, D, stride_n, stride_c, stride_p, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr
+):  # fmt: skip
+    """Channels of this program's tile, their groups, and where its values are."""
     tiles = tl.cdiv(P, BLOCK_P)
     n, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    return n, c, tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    where = _offsets(n, c, p, stride_n, stride_c, stride_p)
+    return c, n * (C // D) + c // D, where, (c[:, None] < C) & (p[None, :] < P)
 
 
 @_autotune
@@ -73,10 +86,7 @@ def _moments_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of each channel over one part of one image."""
-    n, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    start = part * part_length
-    end = tl.minimum(start + part_length, P)
+    n, c, start, end, out = _part(C, P, part_length, parts, BLOCK_C)
     mean = tl.zeros((BLOCK_C,), tl.float32)
     square = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(start, end, BLOCK_P):
@@ -91,7 +101,6 @@ def _moments_kernel(
         gap = mean_here - mean
         square += tl.sum(deviation * deviation, 1) + gap * gap * (before * here / (before + here))
         mean += gap * (here / (before + here))
-    out = (n * parts + part) * C + c
     tl.store(means + out, mean, mask=c < C)
     tl.store(squares + out, square, mask=c < C)
 
@@ -129,10 +138,7 @@ def _normalize_kernel(
     x, out, mean, rstd, weight, bias, C, P, D, stride_n, stride_c, stride_p, stride_c_is_1,
     RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    n, c, p = _tile(P, BLOCK_C, BLOCK_P)
-    mask = (c[:, None] < C) & (p[None, :] < P)
-    where = _offsets(n, c, p, stride_n, stride_c, stride_p)
-    group = n * (C // D) + c // D
+    c, group, where, mask = _tile(C, P, D, stride_n, stride_c, stride_p, BLOCK_C, BLOCK_P)
     m = _column(mean, group, c < C)
     r = _column(rstd, group, c < C)
     value = tl.load(x + where, mask=mask, other=0.0).to(tl.float32)
@@ -150,14 +156,11 @@ def _gradient_sums_kernel(
     RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Sums of g and of g (x - mean) rstd of each channel over one part of one image, g = dL/dy."""
-    n, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n, c, start, end, out = _part(C, P, part_length, parts, BLOCK_C)
     group = n * (C // D) + c // D
     m = _column(mean, group, c < C)
     r = _column(rstd, group, c < C)
     w, b = _column(weight, c, c < C), _column(bias, c, c < C)
-    start = part * part_length
-    end = tl.minimum(start + part_length, P)
     total = tl.zeros((BLOCK_C,), tl.float32)
     total_x = tl.zeros((BLOCK_C,), tl.float32)
     for first in range(start, end, BLOCK_P):
@@ -170,7 +173,6 @@ def _gradient_sums_kernel(
             g = tl.where(normalized * w + b > 0, g, 0.0)
         total += tl.sum(g, 1)
         total_x += tl.sum(tl.where(mask, g * normalized, 0.0), 1)
-    out = (n * parts + part) * C + c
     tl.store(sums + out, total, mask=c < C)
     tl.store(sums_x + out, total_x, mask=c < C)
 
@@ -183,10 +185,7 @@ def _input_gradient_kernel(
     RELU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dL/dx = rstd (weight g - (S + S_x (x - mean) rstd) / values), S and S_x sums over a group."""
-    n, c, p = _tile(P, BLOCK_C, BLOCK_P)
-    mask = (c[:, None] < C) & (p[None, :] < P)
-    where = _offsets(n, c, p, stride_n, stride_c, stride_p)
-    group = n * (C // D) + c // D
+    c, group, where, mask = _tile(C, P, D, stride_n, stride_c, stride_p, BLOCK_C, BLOCK_P)
     m = _column(mean, group, c < C)
     r = _column(rstd, group, c < C)
     s = _column(group_sums, group, c < C)
@@ -209,11 +208,7 @@ def forward(
     relu: bool,
     out: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """GroupNorm of ``x`` (N, C, P), none of them 0, into ``out`` of its strides and dtype.
-
-    Returns:
-        Mean and inverse deviation of every group, (N, num_groups) in float32.
-    """
+    """As ``cpu_group_norm.forward``."""
     n, channels, positions = x.shape
     size = channels // num_groups
     parts, part_length = _parts(x)
@@ -237,11 +232,7 @@ def forward(
 def backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of :func:`forward`: of x, and of weight and bias in float32.
-
-    Args:
-        grad: dL/dy, (N, C, P) in the strides of ``x``.
-    """
+    """As ``cpu_group_norm.backward``."""
     n, channels, positions = x.shape
     num_groups = mean.shape[1]
     size = channels // num_groups

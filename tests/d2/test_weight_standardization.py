@@ -10,7 +10,6 @@ from torch import nn
 
 from gnpractical.d2 import load_config
 from gnpractical.d2.trainer import Trainer
-from gnpractical.layers import standardized_weight
 from gnpractical.layers.weight_standardization import (
     WSConv2d,
     apply_weight_standardization,
@@ -71,15 +70,9 @@ def test_prefix_that_matches_nothing():
         small_model("MODEL.GNP.WEIGHT_STANDARDIZATION", "['backbon']")
 
 
-def test_an_evaluation_standardizes_every_weight_once(monkeypatch):
+def test_an_evaluation_standardizes_every_weight_once(monkeypatch, computed):
     cfg = load_config("", [*R18, "MODEL.GNP.WEIGHT_STANDARDIZATION", "['backbone']"])
     model = build_model(cfg).eval()
-    computed = []
-    original = standardized_weight._standardize
-    monkeypatch.setattr(
-        standardized_weight, "_standardize",
-        lambda weight, *args: computed.append(weight) or original(weight, *args),
-    )  # fmt: skip
 
     def evaluate(cls, cfg, model, evaluators):
         with torch.no_grad():
