@@ -15,8 +15,7 @@ ROOT_VARIABLE = "DETECTRON2_DATASETS"
 
 
 def datasets_root() -> str:
-    """Where data sets are looked for, as Detectron2 does: ``$DETECTRON2_DATASETS``, ``datasets``.
-    """
+    """Where data sets are looked for, as by Detectron2: ``$DETECTRON2_DATASETS``, ``datasets``."""
     return os.path.expanduser(os.getenv(ROOT_VARIABLE, "datasets"))
 
 

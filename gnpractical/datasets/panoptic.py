@@ -3,16 +3,15 @@
 A panoptic PNG holds one segment id a pixel, ``id = R + 256 G + 256**2 B``; 0 is void. Shapes of
 arrays are (H, W) for ids and labels, (H, W, 3) for RGB.
 
-Panoptic quality: Eq. (1) of "Panoptic Segmentation", arXiv 1801.00868, with the treatment of void
-and crowd regions of COCO's evaluation.
+Panoptic quality is hotcoco's: Eq. (1) of "Panoptic Segmentation", arXiv 1801.00868, with the
+treatment of void and crowd regions of COCO's evaluation.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,16 @@ def prepare_semantic(
         os.replace(part, path)
         return None
 
-    problems = [p for p in _in_parallel(write, todo, workers, "semantic PNGs") if p]
+    # Threads: decoding PNGs and sorting ids, where the time goes, both release the GIL.
+    results = thread_map(
+        write,
+        todo,
+        max_workers=workers or os.cpu_count(),
+        desc="semantic PNGs",
+        leave=False,
+        disable=None if len(todo) > 50 else True,
+    )
+    problems = [p for p in results if p]
     if problems:
         raise ValueError(
             f"{panoptic_json}: {len(problems)} of {len(data['annotations'])} annotations are not "
@@ -126,29 +134,11 @@ def prepare_semantic(
     return len(todo)
 
 
-@dataclass
-class _Tally:
-    """Of one category: summed IoU of the matches, true and false positives, false negatives."""
-
-    iou: float = 0.0
-    tp: int = 0
-    fp: int = 0
-    fn: int = 0
-
-    def __iadd__(self, other: _Tally) -> _Tally:
-        self.iou += other.iou
-        self.tp += other.tp
-        self.fp += other.fp
-        self.fn += other.fn
-        return self
-
-
 def panoptic_quality(
     gt_json: str | os.PathLike,
     gt_dir: str | os.PathLike,
     pred_json: str | os.PathLike,
     pred_dir: str | os.PathLike,
-    workers: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """Panoptic quality of COCO-format predictions, in parallel over the images.
 
@@ -157,115 +147,26 @@ def panoptic_quality(
         number of categories that occur. With n = 0 the three are NaN.
 
     Raises:
-        ValueError: an image without prediction, or a prediction whose JSON and PNG disagree;
-            the message names the file.
+        ValueError: a file that cannot be read, an image without prediction, a prediction whose
+            JSON and PNG disagree, or categories without ``isthing``; the message names the file.
     """
-    gt, pred = read_json(gt_json), read_json(pred_json)
-    is_thing = {c["id"]: bool(c["isthing"]) for c in gt["categories"]}
-    predictions = {a["image_id"]: a for a in pred["annotations"]}
-    missing = [a["image_id"] for a in gt["annotations"] if a["image_id"] not in predictions]
-    if missing:
-        raise ValueError(
-            f"{pred_json}: no prediction for {len(missing)} of {len(gt['annotations'])} images of "
-            f"{gt_json}, first ids: {missing[:5]}"
-        )
+    from hotcoco.panoptic import PanopticEval  # here, so that this module's import stays light
 
-    def score(annotation: Json) -> dict[int, _Tally]:
-        prediction = predictions[annotation["image_id"]]
-        return _match_image(
-            annotation["segments_info"],
-            read_ids(Path(gt_dir) / annotation["file_name"]),
-            prediction["segments_info"],
-            read_ids(Path(pred_dir) / prediction["file_name"]),
-            is_thing,
-            name=f"{pred_json}, image {annotation['image_id']}",
-        )
-
-    totals = {category: _Tally() for category in is_thing}
-    for image in _in_parallel(score, gt["annotations"], workers, "panoptic quality"):
-        for category, tally in image.items():
-            totals[category] += tally
-    return {
-        "All": _average(totals.values()),
-        "Things": _average(t for c, t in totals.items() if is_thing[c]),
-        "Stuff": _average(t for c, t in totals.items() if not is_thing[c]),
-    }
-
-
-def _match_image(
-    gt_segments: list[Json],
-    gt_ids: np.ndarray,
-    pred_segments: list[Json],
-    pred_ids: np.ndarray,
-    categories: Iterable[int],
-    name: str,
-) -> dict[int, _Tally]:
-    if gt_ids.shape != pred_ids.shape:
-        raise ValueError(f"{name}: {pred_ids.shape} predicted for an image of {gt_ids.shape}")
-    gt = {s["id"]: s for s in gt_segments}
-    pred_category = {s["id"]: s["category_id"] for s in pred_segments}
-    unknown = sorted(set(pred_category.values()) - set(categories))
-    if unknown:
-        raise ValueError(f"{name}: unknown category ids {unknown[:5]}")
-    areas = {int(i): int(n) for i, n in zip(*np.unique(pred_ids, return_counts=True), strict=True)}
-    areas.pop(VOID, None)
-    if areas.keys() != pred_category.keys():
-        raise ValueError(
-            f"{name}: segments only in the PNG {sorted(areas.keys() - pred_category.keys())[:5]}, "
-            f"only in the JSON {sorted(pred_category.keys() - areas.keys())[:5]}"
-        )
-
-    pairs, counts = np.unique(
-        gt_ids.astype(np.uint64) << np.uint64(32) | pred_ids, return_counts=True
-    )
-    overlap = {
-        (int(p >> np.uint64(32)), int(p & np.uint64(0xFFFFFFFF))): int(n)
-        for p, n in zip(pairs, counts, strict=True)
-    }
-    tallies: dict[int, _Tally] = {}
-    matched_gt, matched_pred = set(), set()
-    for (gt_id, pred_id), intersection in overlap.items():
-        if gt_id not in gt or pred_id == VOID or gt[gt_id]["iscrowd"]:
-            continue
-        category = gt[gt_id]["category_id"]
-        if pred_category[pred_id] != category:
-            continue
-        union = areas[pred_id] + gt[gt_id]["area"] - intersection - overlap.get((VOID, pred_id), 0)
-        if intersection / union > 0.5:
-            tally = tallies.setdefault(category, _Tally())
-            tally += _Tally(iou=intersection / union, tp=1)
-            matched_gt.add(gt_id)
-            matched_pred.add(pred_id)
-
-    crowd_of_category = {}  # as in COCO's evaluation, the last crowd of a category counts
-    for gt_id, segment in gt.items():
-        category = segment["category_id"]
-        if segment["iscrowd"]:
-            crowd_of_category[category] = gt_id
-        elif gt_id not in matched_gt:
-            tally = tallies.setdefault(category, _Tally())
-            tally += _Tally(fn=1)
-    for pred_id, category in pred_category.items():
-        if pred_id in matched_pred:
-            continue
-        # Mostly on void, or on a crowd of its own category: neither right nor wrong.
-        excused = overlap.get((VOID, pred_id), 0)
-        if category in crowd_of_category:
-            excused += overlap.get((crowd_of_category[category], pred_id), 0)
-        if excused / areas[pred_id] <= 0.5:
-            tally = tallies.setdefault(category, _Tally())
-            tally += _Tally(fp=1)
-    return tallies
-
-
-def _average(tallies: Iterable[_Tally]) -> dict[str, float]:
-    rows = []
-    for t in tallies:
-        if t.tp + t.fp + t.fn:
-            weight = t.tp + 0.5 * t.fp + 0.5 * t.fn
-            rows.append((t.iou / weight, t.iou / t.tp if t.tp else 0.0, t.tp / weight))
-    pq, sq, rq = np.mean(rows, axis=0).tolist() if rows else [float("nan")] * 3
-    return {"pq": pq, "sq": sq, "rq": rq, "n": len(rows)}
+    # Not the path: hotcoco would refuse the file for fields that do not matter here, such as the
+    # number that CVAT writes as an image's date_captured.
+    data = read_json(gt_json)
+    gt = {key: data[key] for key in ("annotations", "categories") if key in data}
+    try:
+        evaluation = PanopticEval(gt, pred_json, gt_folder=gt_dir, pred_folder=pred_dir)
+        evaluation.evaluate()
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{pred_json} cannot be scored against {gt_json}: {e}") from e
+    results = evaluation.results()
+    if results["reference_deviations"]:
+        raise ValueError(f"{gt_json}: {'; '.join(results['reference_deviations'])}")
+    quality = {name: results[name] for name in ("All", "Things", "Stuff")}
+    nothing = dict.fromkeys(("pq", "sq", "rq"), float("nan")) | {"n": 0}  # hotcoco says -1
+    return {name: split if split["n"] else nothing for name, split in quality.items()}
 
 
 def read_json(path: str | os.PathLike) -> Json:
@@ -274,11 +175,3 @@ def read_json(path: str | os.PathLike) -> Json:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise ValueError(f"{path}: not a readable JSON file ({e})") from e
-
-
-def _in_parallel(fn: Callable, items: list, workers: int | None, description: str) -> list:
-    # Threads: decoding PNGs and sorting ids, where the time goes, both release the GIL.
-    return thread_map(
-        fn, items, max_workers=workers or os.cpu_count(), desc=description, leave=False,
-        disable=None if len(items) > 50 else True,
-    )  # fmt: skip

@@ -19,9 +19,7 @@ from gnpractical.datasets.panoptic import Json, id_to_rgb, panoptic_quality
 logger = logging.getLogger(__name__)
 
 
-def panoptic_prediction(
-    image_id: int, ids: np.ndarray, segments: list[Json]
-) -> dict[str, Any]:
+def panoptic_prediction(image_id: int, ids: np.ndarray, segments: list[Json]) -> dict[str, Any]:
     """One image's prediction, small enough to be gathered from other processes.
 
     Args:

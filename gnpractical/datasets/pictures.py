@@ -6,10 +6,14 @@ Images are (H, W, 3) uint8 RGB.
 from __future__ import annotations
 
 import colorsys
+import logging
+import os
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+logger = logging.getLogger(__name__)
 
 
 def color_of(number: int) -> tuple[int, int, int]:
@@ -60,6 +64,28 @@ def draw_boxes(
             draw.rectangle([float(v) for v in box], outline=color_of(number), width=2)
             labels.append((float(box[0]), float(box[1]), f"{names[number]} {score:.2f}"))
     return _write(picture, labels)
+
+
+class PictureGrid:
+    """The first pictures of a run, each beside its image, for one PNG."""
+
+    def __init__(self, num_images: int = 12) -> None:
+        self._num_images = num_images
+        self._tiles: list[np.ndarray] = []
+
+    @property
+    def full(self) -> bool:
+        return len(self._tiles) >= self._num_images
+
+    def add(self, image: np.ndarray, picture: np.ndarray) -> None:
+        self._tiles.append(np.concatenate([image, picture], axis=1))
+
+    def save(self, path: str) -> None:
+        """Write the grid, if there is anything in it, and make its folder."""
+        if self._tiles:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            Image.fromarray(tile(self._tiles)).save(path)
+            logger.info("Predictions, each beside its image: %s", path)
 
 
 def tile(images: Sequence[np.ndarray], columns: int = 3, margin: int = 4) -> np.ndarray:

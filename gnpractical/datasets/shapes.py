@@ -157,9 +157,13 @@ def _make_split(folder: Path, split: str, count: int, seed: int) -> None:
         return image, instances, panoptic
 
     made = thread_map(
-        make, range(count), max_workers=os.cpu_count(), desc=f"gnp_shapes {split}", leave=False,
+        make,
+        range(count),
+        max_workers=os.cpu_count(),
+        desc=f"gnp_shapes {split}",
+        leave=False,
         disable=None,
-    )  # fmt: skip
+    )
     info = {"description": "gnp_shapes", "version": "1", "seed": seed}
     images = [image for image, _, _ in made]
     for kind, entries, categories in [

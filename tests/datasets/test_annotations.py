@@ -12,10 +12,15 @@ def sound():
         "images": [{"id": 1, "file_name": "a.jpg", "width": 100, "height": 50}],
         "categories": [{"id": 3, "name": "cat"}],
         "annotations": [
-            {"id": 9, "image_id": 1, "category_id": 3, "bbox": [10, 10, 20, 20],
-             "segmentation": SQUARE}
+            {
+                "id": 9,
+                "image_id": 1,
+                "category_id": 3,
+                "bbox": [10, 10, 20, 20],
+                "segmentation": SQUARE,
+            }
         ],
-    }  # fmt: skip
+    }
 
 
 def test_sound_annotations_have_no_problems():
@@ -31,10 +36,15 @@ def test_sound_annotations_have_no_problems():
         ({"bbox": [90, 10, 40, 20]}, "box outside", "annotation 9"),  # its centre is outside
         ({"bbox": [float("nan"), 1, 2, 2]}, "box outside", "annotation 9"),
         ({"segmentation": [[1.0, 2.0]]}, "empty mask", "annotation 9"),
+        ({"segmentation": [[1.0, 2.0, 9.0, 2.0, 9.0, 9.0, 5.0]]}, "empty mask", "annotation 9"),
+        ({"segmentation": [[-9.0, 2.0, -5.0, 2.0, -5.0, 9.0]]}, "empty mask", "annotation 9"),
         ({"segmentation": {"size": [50, 100], "counts": [5000]}}, "empty mask", "annotation 9"),
         ({"segmentation": [[200.0, 10.0, 230.0, 10.0, 230.0, 30.0]]}, "empty mask", "annotation 9"),
-        ({"segmentation": {"size": [40, 100], "counts": [1000, 3000]}},
-         "mask of another size than its image", "[40, 100] in 50x100 (height x width)"),
+        (
+            {"segmentation": {"size": [40, 100], "counts": [1000, 3000]}},
+            "mask of another size than its image",
+            "[40, 100] in 50x100 (height x width)",
+        ),
     ],
 )
 def test_each_problem_names_its_offender_and_is_refused(change, kind, offender):
@@ -58,11 +68,11 @@ def test_boxes_that_overhang_and_data_without_masks_are_fine(change):
     "spoil, message",
     [
         (lambda d: d.pop("categories"), "the JSON has no 'categories'"),
-        (lambda d: d.update(images={}), "'images' is no list but dict"),
-        (lambda d: d["annotations"][0].pop("bbox"), "annotation 9 has no 'bbox'"),
+        (lambda d: d.update(images={}), "no 'images' that is a list, but {}"),
+        (lambda d: d["annotations"][0].pop("bbox"), r"annotations\[0\] .*no 'bbox': {'id': 9"),
         (lambda d: d["annotations"][0].update(bbox=[1, 2]), "annotation 9 is malformed"),
         (lambda d: d["annotations"][0].update(bbox="1 2 3 4"), "annotation 9 is malformed"),
-        (lambda d: d["annotations"].append("x"), "an annotation has no 'id'"),
+        (lambda d: d["annotations"].append("x"), r"annotations\[1\] of the JSON has no 'id': x"),
         (lambda d: d["images"][0].pop("width"), "annotation 9 is malformed.*width"),
     ],
 )
@@ -84,7 +94,7 @@ def test_ids_used_twice():
     data = sound()
     data["annotations"] *= 2
     (problem,) = check_instances(data)
-    assert problem.kind == "annotation id used twice" and problem.refuse
+    assert problem.kind == "id used twice in 'annotations'" and problem.refuse
 
 
 def test_images_that_are_not_on_disk():
@@ -110,9 +120,7 @@ def test_a_few_bad_boxes_of_a_small_data_set_are_tolerated():
 
 def test_a_few_dropped_boxes_are_tolerated_many_are_not():
     data = sound()
-    data["annotations"] = [
-        copy.deepcopy(data["annotations"][0]) | {"id": i} for i in range(1000)
-    ]  # fmt: skip
+    data["annotations"] = [copy.deepcopy(data["annotations"][0]) | {"id": i} for i in range(1000)]
     for i in range(10):
         data["annotations"][i]["bbox"] = [0, 0, 0, 0]
     (problem,) = check_instances(data)
@@ -122,10 +130,10 @@ def test_a_few_dropped_boxes_are_tolerated_many_are_not():
 
 
 def test_panoptic():
-    segment = {"id": 5, "category_id": 3, "iscrowd": 0, "area": 4}
+    segment = {"id": 5, "category_id": 3}
     data = {
         "images": [{"id": 1}],
-        "categories": [{"id": 3}],
+        "categories": [{"id": 3, "isthing": 1}],
         "annotations": [{"image_id": 1, "file_name": "a.png", "segments_info": [segment]}],
     }
     assert check_panoptic(data, ["a.png"]) == []
@@ -135,8 +143,11 @@ def test_panoptic():
     kinds = [str(p) for p in check_panoptic(data, [])]
     assert len(kinds) == 4
     assert all("a.png" in k for k in kinds)
-    del segments[0]["area"]
-    with pytest.raises(ValueError, match="a segment of a.png has no 'area'"):
+    del segments[0]["category_id"]
+    with pytest.raises(ValueError, match=r"segments_info\[0\] of a.png has no 'category_id'"):
+        check_panoptic(data)
+    del data["categories"][0]["isthing"]
+    with pytest.raises(ValueError, match=r"categories\[0\] of the JSON has no 'isthing'"):
         check_panoptic(data)
 
 
