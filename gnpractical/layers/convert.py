@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import nn
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from gnpractical.layers.data_flow import Source
 from gnpractical.layers.group_norm import MIN_VALUES, PracticalGroupNorm
@@ -22,20 +21,25 @@ from gnpractical.layers.pairing import find_pairs, layer_widths, norm_width
 from gnpractical.layers.weight_standardization import standardize_layer
 from gnpractical.num_groups import check_num_groups, check_width, divisors
 
+_INSTANCE_NORMS = (
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.LazyInstanceNorm1d, nn.LazyInstanceNorm2d, nn.LazyInstanceNorm3d),
+)
+
 
 @dataclass(frozen=True)
 class ConvertedNorm:
     """What became of one norm.
 
     Attributes:
-        name: its path.
-        was: its class before.
+        name: Its path.
+        was: Its class before.
         num_channels: C.
-        in_channels: input width of the layers that feed it, None where they are not known.
-        layers: paths of these layers; "" stands for a function without a module.
-        num_groups: G; None for a norm that was left, or is yet to be calibrated.
-        left: why it was left as it was, "" for a converted norm.
-        limited_from: what the rule gives, where that left fewer than ``MIN_VALUES`` values to a
+        in_channels: Input width of the layers that feed it, None where they are not known.
+        layers: Paths of these layers; "" stands for a function without a module.
+        num_groups: G; None for a norm that was left alone, or is yet to be calibrated.
+        skipped_reason: Why it was left alone, "" for a converted norm.
+        limited_from: What the rule gives, where that left fewer than ``MIN_VALUES`` values to a
             group on the example inputs and a smaller G was taken.
     """
 
@@ -45,8 +49,13 @@ class ConvertedNorm:
     in_channels: int | None
     layers: tuple[str, ...]
     num_groups: int | None
-    left: str
+    skipped_reason: str
     limited_from: int | None = None
+
+    @property
+    def note(self) -> str:
+        limited = f"limited from G={self.limited_from}" if self.limited_from else ""
+        return self.skipped_reason or limited
 
 
 @dataclass(frozen=True)
@@ -57,13 +66,14 @@ class Conversion:
     norms: list[ConvertedNorm]
 
     def __str__(self) -> str:
+        def fed_by(norm: ConvertedNorm) -> str:
+            return ", ".join(layer or "(function)" for layer in norm.layers)
+
         table = [
-            [n.name, n.was, n.in_channels, n.num_channels, n.num_groups,
-             ", ".join(layer or "(function)" for layer in n.layers),
-             n.left or (f"limited from G={n.limited_from}" if n.limited_from else "")]
+            [n.name, n.was, n.in_channels, n.num_channels, n.num_groups, fed_by(n), n.note]
             for n in self.norms
-        ]  # fmt: skip
-        converted = sum(not norm.left for norm in self.norms)
+        ]
+        converted = sum(not norm.skipped_reason for norm in self.norms)
         headers = ["norm", "was", "in", "out", "G", "fed by", "note"]
         text = tabulate(table, headers, missingval="-", disable_numparse=[0, 5])
         return f"{text}\n{converted} of {len(self.norms)} norms converted"
@@ -82,95 +92,133 @@ def convert(
 ) -> Conversion:
     """Replace every BatchNorm and GroupNorm of ``model`` by a :class:`PracticalGroupNorm`.
 
-    BatchNorm1d, 2d and 3d, SyncBatchNorm, the frozen ones of torchvision and Detectron2, and
-    GroupNorm. Weight and bias keep their values and ``requires_grad`` (a frozen norm's become
-    parameters that do not train); running statistics are dropped, so that the outputs change
-    and the model needs training. Not for InstanceNorm and LayerNorm, which stay.
+    These are BatchNorm1d, 2d and 3d, SyncBatchNorm, the frozen ones of torchvision and Detectron2,
+    and GroupNorm; InstanceNorm and LayerNorm stay. Weight and bias keep their values and
+    ``requires_grad`` (those of a frozen norm become parameters that do not train). Running
+    statistics are dropped, so that the outputs change and the model needs training.
 
     Args:
-        model: any model that is not scripted.
-        example_inputs: what the model runs on once, in evaluation mode: a tensor, a tuple of
+        model: Any model that is not scripted.
+        example_inputs: What the model runs on once, in evaluation mode: a tensor, a tuple of
             positional arguments or a dict of keyword arguments. With it the layers that feed each
             norm are found by data flow (see ``data_flow``), without it by structure (see
             ``pairing``). Norms that do not run, as those used in training only, go by structure.
-        rule: as :class:`PracticalGroupNorm`'s. A width rule's number is lowered where the example
+        rule: As :class:`PracticalGroupNorm`'s. A width rule's number is lowered where the example
             inputs show fewer than ``MIN_VALUES`` values to a group.
-        include, exclude: patterns of norm paths, such as ``"backbone.*"``; the others are left.
-        on_unpaired: for a norm whose feeding layer is not known or not unique: "error", "keep"
-            (leave it), or a number of groups.
-        weight_standardization: standardize the convolutions that feed converted norms.
-        inplace: change ``model`` itself, else a copy.
+        include, exclude: Patterns of norm paths, such as ``"backbone.*"``; the others are left.
+        on_unpaired: What to do with a norm whose feeding layer is not known or not unique:
+            "error", "keep" (leave it), or a number of groups to give it.
+        weight_standardization: Standardize the convolutions that feed converted norms.
+        inplace: Change ``model`` itself, else a copy.
 
     Raises:
-        ValueError: no norm in the model, a scripted model, unpaired norms, numbers of groups that
-            do not divide, example inputs the model cannot run on. The model is as it was.
+        ValueError: There is no norm in the model, it is scripted or cannot run on the example
+            inputs, norms are unpaired, or a number of groups does not divide. The model is then
+            as it was.
     """
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(f"model must be a module that is not scripted, got {type(model).__name__}")
-    if isinstance(on_unpaired, str):
-        if on_unpaired not in ("error", "keep"):
-            raise ValueError(
-                f"on_unpaired must be 'error', 'keep' or a number of groups; got {on_unpaired!r}"
-            )
-    else:
-        check_width("on_unpaired", on_unpaired)
-    PracticalGroupNorm(1, rule=rule)  # an unknown rule is an error before anything is done
+    _check_arguments(model, rule, on_unpaired)
     if not inplace:
         model = copy.deepcopy(model)
-    if not _norms(model):
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if norm_width(module) is not None and not isinstance(module, _INSTANCE_NORMS)
+    }
+    if not norms:
         raise ValueError(f"{type(model).__name__} has no BatchNorm or GroupNorm to convert")
     calls = {} if example_inputs is None else trace_norms(model, example_inputs)
     feeding = _feeding_sources(model, calls)
-    rows, new, unpaired = [], {}, []
-    for name, norm in _norms(model):
-        if norm in new:  # one norm at two paths
-            continue
-        channels = norm_width(norm)
-        assert channels is not None
+
+    def plan(name: str, norm: nn.Module) -> _Plan:
         source, problem = feeding.get(norm, (None, "it is the whole model"))
-        chosen = any(fnmatch(name, p) for p in include) and not any(
-            fnmatch(name, p) for p in exclude
-        )
-        left = "" if chosen else "not chosen by include and exclude"
-        if chosen and source is None and on_unpaired == "error":
-            of = f"{type(norm).__name__}, {channels} channels"
-            unpaired.append(f"{name or 'model'} ({of}): {problem}")
-        elif chosen and source is None and on_unpaired == "keep":
-            left = problem
-        replacement, limited_from = None, None
-        if not left and not unpaired:
-            positions = calls[norm].positions if norm in calls else None
-            replacement, limited_from = _replacement(
-                norm, name, channels, source, rule if source else int(on_unpaired), positions
-            )
-            new[norm] = replacement
-        rows.append(
-            ConvertedNorm(
-                name, type(norm).__name__, channels, source.in_channels if source else None,
-                source.layers if source else (),
-                replacement.num_groups if replacement else None, left, limited_from,
-            )
-        )  # fmt: skip
-    if unpaired:
+        make = partial(_Plan, name, norm, source)
+        if not _matches(name, include) or _matches(name, exclude):
+            return make(skipped_reason="not chosen by include and exclude")
+        if source is None and isinstance(on_unpaired, str):
+            return make(skipped_reason=problem, unpaired=True)
+        positions = calls[norm].positions if norm in calls else None
+        chosen = rule if source else on_unpaired
+        return make(*_replacement(norm, name, source, chosen, positions))
+
+    plans = [plan(name, norm) for name, norm in norms.items()]
+    if on_unpaired == "error":
+        _raise_for_unpaired([plan for plan in plans if plan.unpaired])
+    model = _apply(model, plans, weight_standardization)
+    return Conversion(model, [plan.row() for plan in plans])
+
+
+def _check_arguments(model: nn.Module, rule: str | int, on_unpaired: str | int) -> None:
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"model must be a module that is not scripted, got {type(model).__name__}")
+    if not isinstance(on_unpaired, str):
+        check_width("on_unpaired", on_unpaired)
+    elif on_unpaired not in ("error", "keep"):
         raise ValueError(
-            f"{len(unpaired)} norms could not be paired with the layer that feeds them: "
-            f"{'; '.join(unpaired[:5])}. Give example_inputs, leave them out (exclude=...), or "
+            f"on_unpaired must be 'error', 'keep' or a number of groups; got {on_unpaired!r}"
+        )
+    PracticalGroupNorm(1, rule=rule)  # raises for an unknown rule
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to become of one norm: a replacement, or the reason why it gets none."""
+
+    name: str
+    norm: nn.Module
+    source: Source | None
+    replacement: PracticalGroupNorm | None = None
+    limited_from: int | None = None
+    skipped_reason: str = ""
+    unpaired: bool = False
+
+    def row(self) -> ConvertedNorm:
+        return ConvertedNorm(
+            self.name,
+            type(self.norm).__name__,
+            norm_width(self.norm) or 0,
+            self.source.in_channels if self.source else None,
+            self.source.layers if self.source else (),
+            self.replacement.num_groups if self.replacement else None,
+            self.skipped_reason,
+            self.limited_from,
+        )
+
+
+def _raise_for_unpaired(plans: Sequence[_Plan]) -> None:
+    if plans:
+        described = [
+            f"{p.name or 'model'} ({type(p.norm).__name__}, {norm_width(p.norm)} channels): "
+            f"{p.skipped_reason}"
+            for p in plans[:5]
+        ]
+        raise ValueError(
+            f"{len(plans)} norms could not be paired with the layer that feeds them: "
+            f"{'; '.join(described)}. Give example_inputs, leave them out (exclude=...), or "
             f"choose on_unpaired='keep' or a number of groups for them."
         )
-    layers = {layer for row in rows if not row.left for layer in row.layers if layer}
-    model = _replace(model, new)
-    if weight_standardization:
-        for layer in layers:
-            standardize_layer(model.get_submodule(layer))
-    return Conversion(model, rows)
 
 
-def _norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if norm_width(module) is not None and not isinstance(module, _InstanceNorm)
-    ]
+def _apply(model: nn.Module, plans: Sequence[_Plan], weight_standardization: bool) -> nn.Module:
+    """Put the replacements in place; the model, which may itself be one of the norms."""
+    layers = {name: layer for name, layer in model.named_modules() if layer_widths(layer)}
+    new = {plan.norm: plan.replacement for plan in plans if plan.replacement}
+    for plan in plans:
+        if plan.replacement and plan.source:
+            # Remembered, because the structure alone may tell another story.
+            fed_by = tuple(layers[name] for name in plan.source.layers if name)
+            plan.replacement.fed_by = fed_by
+            for layer in fed_by if weight_standardization else ():
+                standardize_layer(layer)
+    # With duplicates: a norm may be shared by several places.
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if path and module in new:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, _with_rest(module, new[module]))
+    return _with_rest(model, new[model]) if model in new else model
 
 
 def _feeding_sources(
@@ -183,10 +231,9 @@ def _feeding_sources(
         if norm in calls:
             feeding[norm] = _one_source(calls[norm].sources, norm_width(norm))
         elif norm not in feeding or feeding[norm][0] is None:
-            source = None
-            if pair.layer is not None and pair.layer_name is not None:
-                widths = layer_widths(pair.layer)
-                source = Source(*widths, (pair.layer_name,), 0) if widths else None
+            widths = [layer_widths(layer) or (0, 0) for layer in pair.layers.values()]
+            total = [sum(sizes) for sizes in zip(*widths, strict=True)]
+            source = Source(*total, tuple(pair.layers), 0) if total else None
             feeding[norm] = source, "no layer before it in its module feeds it"
     return feeding
 
@@ -210,12 +257,13 @@ def _one_source(
 def _replacement(
     norm: nn.Module,
     name: str,
-    channels: int,
     source: Source | None,
     rule: str | int,
     positions: int | None,
 ) -> tuple[PracticalGroupNorm, int | None]:
     """The new norm, and what its number of groups was limited from."""
+    channels = norm_width(norm)
+    assert channels is not None
     if isinstance(rule, int):
         try:
             check_num_groups(rule, channels)
@@ -241,14 +289,6 @@ def _replacement(
             setattr(new, key, nn.Parameter(value.detach().clone(), requires_grad=trains))
     new.training = norm.training
     return new, limited_from
-
-
-def _replace(model: nn.Module, new: dict[nn.Module, PracticalGroupNorm]) -> nn.Module:
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):  # named_children() names a module once
-            if child in new:
-                setattr(parent, name, _with_rest(child, new[child]))
-    return _with_rest(model, new[model]) if model in new else model
 
 
 def _with_rest(old: nn.Module, norm: PracticalGroupNorm) -> nn.Module:

@@ -121,7 +121,7 @@ class DataFlow(TorchFunctionMode):
 
     def _leave_layer(self, layer: nn.Module, args: Any, output: Any) -> None:
         running = self._running.pop()
-        if isinstance(output, Tensor) and not self._ran(running, output):
+        if isinstance(output, Tensor) and not self._already_tagged(running, output):
             self._sources[output] = self._layer_source(output, running)
 
     def _enter_norm(self, norm: nn.Module, args: tuple, kwargs: dict) -> tuple:
@@ -131,12 +131,15 @@ class DataFlow(TorchFunctionMode):
         source = self._source(y)
         running = self._running[-1] if self._running else None
         # Detectron2's norms are inside their convolutions.
-        if running and norm in running.layer.children() and not self._ran(running, y):
+        if running and norm in running.layer.children() and not self._already_tagged(running, y):
             source = self._layer_source(y, running)
         return _with_first(args, kwargs, key, self.at_norm(norm, y, source))
 
-    def _ran(self, running: _Running, output: Tensor) -> bool:
-        """Whether ``output`` is tagged already; if not, its operation is no known function."""
+    def _already_tagged(self, running: _Running, output: Tensor) -> bool:
+        """Whether an operation within the layer has tagged ``output`` as the layer's.
+
+        If not, the layer computes by no function known here, and its module stands for it.
+        """
         source = self._source(output)
         return source is not None and source.order > running.started
 
@@ -170,9 +173,9 @@ class DataFlow(TorchFunctionMode):
         if any(source is not None for source in sources):
             for output in outputs:
                 if _joins_channels(func, args, kwargs, output):
-                    source = _side_by_side(inputs, sources, output)
+                    source = _concatenated_source(inputs, sources, output)
                 else:
-                    source = _last(sources, [tensor.shape for tensor in inputs], output)
+                    source = _latest_source(sources, [tensor.shape for tensor in inputs], output)
                 if source is not None:
                     self._sources[output] = source
         return result
@@ -198,7 +201,7 @@ def _joins_channels(func: Callable, args: tuple, kwargs: dict, output: Tensor) -
     return dim % output.dim() == 1
 
 
-def _side_by_side(
+def _concatenated_source(
     tensors: list[Tensor], sources: list[Source | None], output: Tensor
 ) -> Source | None:
     parts = [Tagged(t, t._version, s) for t, s in zip(tensors, sources, strict=True) if s]
@@ -214,7 +217,9 @@ def _side_by_side(
     )
 
 
-def _last(sources: list[Source | None], shapes: list[torch.Size], output: Tensor) -> Source:
+def _latest_source(
+    sources: list[Source | None], shapes: list[torch.Size], output: Tensor
+) -> Source:
     # What is broadcast over the others (a gate, a scale) does not say where the values come from.
     whole = [s for s, shape in zip(sources, shapes, strict=True) if s and shape == output.shape]
     candidates = whole or [source for source in sources if source is not None]

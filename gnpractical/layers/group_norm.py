@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gnpractical.layers.group_norm_op import group_norm
 from gnpractical.num_groups import RULES, check_num_groups, check_width, practical_num_groups
 
-# Not in RULES: no function of the widths; ``analysis.calibration`` chooses on a model and data.
+# Not in RULES: no function of the widths; ``measure.calibration`` chooses on a model and data.
 MEASURED = "measured"
 _RULES = (*RULES, MEASURED)
 # Fewer values to a group are avoided where the data are seen: with 1 the output is zero, with 2 the
@@ -48,6 +46,8 @@ class PracticalGroupNorm(nn.GroupNorm):
         in_channels (int | None): input width of the weight layer that feeds this norm.
         num_channels (int): C.
         num_groups (int | None): G, a divisor of C.
+        fed_by (tuple[nn.Module, ...] | None): the layers whose outputs reach this norm, where
+            ``convert`` has followed the data; None where the structure says it (see ``pairing``).
         rule (str | int): a rule of ``num_groups.practical_num_groups``, ``"measured"``, or a
             fixed G.
     """
@@ -78,6 +78,7 @@ class PracticalGroupNorm(nn.GroupNorm):
         self.rule = rule
         self.gain_ratio = gain_ratio
         self.in_channels: int | None = None
+        self.fed_by: tuple[nn.Module, ...] | None = None
         self.num_groups = None  # type: ignore[assignment]
         self._warned = False
         if in_channels is not None:
@@ -114,8 +115,7 @@ class PracticalGroupNorm(nn.GroupNorm):
             try:
                 check_num_groups(num_groups, self.num_channels)
             except ValueError as e:
-                where = layer or _path_on_stack(self) or "a norm outside any module"
-                raise ValueError(f"{self.norm_name} at {where}: {e}") from None
+                raise ValueError(f"{self.norm_name}{layer and f' at {layer}'}: {e}") from None
         self.in_channels = in_channels
         self.num_groups = num_groups
 
@@ -131,12 +131,10 @@ class PracticalGroupNorm(nn.GroupNorm):
         self.num_groups = num_groups
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
-        # Not F.group_norm: _check covers single-value groups for every batch size and in eval,
-        # F.group_norm only for a batch of one.
-        self._check(input)
-        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        if not torch.jit.is_scripting():
+            self._check(input)
+        # Not F.group_norm, which refuses groups of a single value for a batch of one only.
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
     @torch.jit.unused
     def _check(self, input: Tensor) -> None:
@@ -152,17 +150,15 @@ class PracticalGroupNorm(nn.GroupNorm):
     def _resolve_late(self) -> None:
         if not isinstance(self.rule, str):
             return self.resolve(None)
-        path = _path_on_stack(self) or "(not inside a module)"
         if self.rule == MEASURED:
             raise RuntimeError(
-                f"{self.norm_name} at {path}, {self.num_channels} channels: its number of groups "
-                f"has not been measured. Before the first step call "
+                f"{self}: its number of groups has not been measured. Before the first step call "
                 f"gnpractical.calibrate(model, batches), or load a calibrated model's checkpoint "
                 f"with a checkpointer of this package, which brings the counts."
             )
         raise RuntimeError(
-            f"{self.norm_name} at {path}, {self.num_channels} channels: no weight layer was found "
-            f"that feeds this norm, so its number of groups is unknown. Register it right after "
+            f"{self}: no weight layer was found that feeds this norm, so its number of groups is "
+            f"unknown (gnpractical.group_report(model) shows its path). Register it right after "
             f"its conv or linear layer in the same module, or call "
             f"resolve(in_channels=<input width of that layer>) on it, or give this part of the "
             f"model a fixed number of groups, such as GN_32."
@@ -170,9 +166,8 @@ class PracticalGroupNorm(nn.GroupNorm):
 
     @_outside_graphs
     def _single_value(self, input: Tensor) -> None:
-        path = _path_on_stack(self) or type(self).__name__
         message = (
-            f"{path}: {self.num_groups} groups on an input of shape {tuple(input.shape)} leave one "
+            f"{self}: {self.num_groups} groups on an input of shape {tuple(input.shape)} leave one "
             f"value per group; normalized, every value is zero and nothing is learned. "
             f"Use fewer groups here (GN_1, or GN_<k> with k < {self.num_channels}) or larger maps."
         )
@@ -212,21 +207,3 @@ def unknown_norm_message(norm: object, others: list[str]) -> str:
     near = difflib.get_close_matches(str(norm).upper(), valid, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"Unknown norm {norm!r}; valid are {', '.join(valid)}.{hint}"
-
-
-def _path_on_stack(module: nn.Module) -> str:
-    """Dotted path of ``module`` in the outermost module now being called or built, or "".
-
-    A module does not know its own path; the modules that are calling it do. Only errors pay.
-    """
-    path = ""
-    frame = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, nn.Module) and caller is not module:
-            try:
-                path = next((n for n, m in caller.named_modules() if m is module), path)
-            except (AttributeError, KeyError):  # a module whose __init__ is still running
-                pass
-        frame = frame.f_back  # type: ignore[assignment]
-    return path

@@ -26,12 +26,18 @@ from gnpractical.layers.group_norm import MEASURED, PracticalGroupNorm
 
 @dataclass(frozen=True)
 class NormPair:
-    """A norm of a model and the weight layer that feeds it (None where none was found)."""
+    """A norm of a model and the weight layers that feed it.
+
+    Attributes:
+        norm_name: Path of the norm.
+        norm: The norm itself.
+        layers: The layers by path. There is none where none was found, or where a function
+            without a module feeds the norm; several where their outputs are concatenated.
+    """
 
     norm_name: str
     norm: nn.Module
-    layer_name: str | None
-    layer: nn.Module | None
+    layers: dict[str, nn.Module]
 
 
 def layer_widths(module: nn.Module) -> tuple[int, int] | None:
@@ -65,20 +71,26 @@ def norm_width(module: nn.Module) -> int | None:
 
 
 def find_pairs(model: nn.Module) -> list[NormPair]:
-    """Every norm of ``model``, in registration order, with the layer that feeds it."""
+    """Every norm of ``model``, in registration order, with the layers that feed it.
+
+    This is the one answer to the question which layers feed a norm: conversion, the group report,
+    the record in checkpoints and weight standardization all ask it. It is what ``convert`` found
+    and remembered in the norm's ``fed_by``, as long as these layers are in the model, or else what
+    the structure says.
+    """
+    paths = {module: name for name, module in model.named_modules()}
     pairs = []
     for parent_name, parent in model.named_modules():
         before: list[tuple[str, nn.Module]] = []
         for name, child in parent.named_children():
             width = norm_width(child)
             if width is not None:
-                layer_name = _feeding_layer(parent, before, width)
-                if layer_name is None:
-                    layer_path, layer = None, None
-                else:
-                    layer_path = _join(parent_name, layer_name)
-                    layer = parent.get_submodule(layer_name)
-                pairs.append(NormPair(_join(parent_name, name), child, layer_path, layer))
+                layers = getattr(child, "fed_by", None)
+                if layers is None or not all(layer in paths for layer in layers):
+                    layer_name = _feeding_layer(parent, before, width)
+                    layers = () if layer_name is None else (parent.get_submodule(layer_name),)
+                by_path = {paths[layer]: layer for layer in layers}
+                pairs.append(NormPair(_join(parent_name, name), child, by_path))
             before.append((name, child))
     return pairs
 

@@ -71,8 +71,10 @@ def test_a_norm_before_its_conv_belongs_to_the_one_before():
             return self.norm3(x + self.conv2(self.norm2(self.conv1(self.norm1(x).relu())).relu()))
 
     assert fed_by(convert(PreActivation(), torch.randn(1, 3, 8, 8))) == {
-        "norm1": (3, "stem"), "norm2": (16, "conv1"), "norm3": (4, "conv2")
-    }  # fmt: skip
+        "norm1": (3, "stem"),
+        "norm2": (16, "conv1"),
+        "norm3": (4, "conv2"),
+    }
 
 
 def resnet_layer(norm):
@@ -90,7 +92,7 @@ def densenet_layers(norm):
     if path[-1] == "norm2" and len(path) == 4:
         return (norm.replace("norm2", "conv1"),)
     if len(path) == 4:  # features.denseblockB.denselayerL.norm1
-        block, count = int(path[1][-1]), int(path[2][len("denselayer"):]) - 1
+        block, count = int(path[1][-1]), int(path[2][len("denselayer") :]) - 1
     else:  # features.transitionB.norm, features.norm5
         block = int(path[1][-1]) if path[1].startswith("transition") else 4
         count = depths[block]
@@ -132,7 +134,7 @@ def converted_resnet50():
 
 def test_resnet50_group_counts():
     norms = converted_resnet50().norms
-    assert len(norms) == 53 and all(norm.layers and not norm.left for norm in norms)
+    assert len(norms) == 53 and all(norm.layers and not norm.skipped_reason for norm in norms)
     counts = {
         "1": [n for n in norms if n.num_groups == 1],
         "C": [n for n in norms if n.num_groups == n.num_channels],
@@ -182,7 +184,7 @@ def test_mask_rcnn():
     model = detection.maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)
     conversion = convert(model, ([torch.rand(3, 64, 64)],), on_unpaired="keep")
     layers = {norm.name: norm.layers for norm in conversion.norms}
-    assert not any(norm.left for norm in conversion.norms)
+    assert not any(norm.skipped_reason for norm in conversion.norms)
     assert layers["backbone.fpn.inner_blocks.1.1"] == ("backbone.fpn.inner_blocks.1.0",)
     assert layers["backbone.fpn.layer_blocks.3.1"] == ("backbone.fpn.layer_blocks.3.0",)
     assert layers["roi_heads.box_head.2.1"] == ("roi_heads.box_head.2.0",)
@@ -229,7 +231,7 @@ def test_a_norm_shared_by_two_places_stays_shared():
 def test_include_and_exclude():
     model = nn.Sequential(*[nn.Sequential(nn.Conv1d(4, 4, 1), nn.BatchNorm1d(4)) for _ in range(3)])
     conversion = convert(model, include=["0.*", "1.*"], exclude=["1.*"])
-    assert [bool(norm.left) for norm in conversion.norms] == [False, True, True]
+    assert [bool(norm.skipped_reason) for norm in conversion.norms] == [False, True, True]
     assert "not chosen" in str(conversion) and "1 of 3 norms converted" in str(conversion)
 
 
@@ -245,7 +247,7 @@ def test_norms_without_a_layer_follow_the_policy(example):
         convert(model, example)
     assert type(model[2]) is nn.BatchNorm2d and model.state_dict().keys() == before.keys()
     kept = convert(unpaired(), example, on_unpaired="keep")
-    assert type(kept.model[0]) is nn.BatchNorm2d and kept.norms[0].left
+    assert type(kept.model[0]) is nn.BatchNorm2d and kept.norms[0].skipped_reason
     fixed = convert(unpaired(), example, on_unpaired=3)
     assert fixed.model[0].num_groups == 3 and fixed.model[2].num_groups == 1
     with pytest.raises(ValueError, match="0: 4 groups do not divide 6"):
@@ -283,9 +285,14 @@ def test_too_few_values_to_a_group_are_avoided_where_they_are_seen():
 
 def test_measured_and_weight_standardization():
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6),
-        nn.ReLU(), nn.Conv2d(6, 4, 1),
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 1),
+    )
     x = torch.randn(2, 3, 9, 9)
     convert(model, x, rule="measured", weight_standardization=True)
     assert [type(m) for m in (model[0], model[3], model[6])] == [WSConv2d, WSConv2d, nn.Conv2d]

@@ -19,7 +19,7 @@ SMALL = nn.Sequential(nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8))
         (SMALL, {"on_unpaired": 0}, "on_unpaired must be at least 1"),
         ("resnet50", {}, "model must be a module that is not scripted, got str"),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments(model, kwargs, message):
     with pytest.raises(ValueError, match=message):
         convert(model, **kwargs)

@@ -59,7 +59,7 @@ def converted(model, example_inputs):
     before = [name for name, module in model.named_modules() if norm_width(module) is not None]
     conversion = convert(model, example_inputs, on_unpaired="keep")
     assert [norm.name for norm in conversion.norms] == before
-    norms = [norm for norm in conversion.norms if not norm.left]
+    norms = [norm for norm in conversion.norms if not norm.skipped_reason]
     for norm in norms:
         module = model.get_submodule(norm.name)
         module = module[0] if isinstance(module, nn.Sequential) else module  # [1:] was in the norm
@@ -68,7 +68,7 @@ def converted(model, example_inputs):
         if "" not in norm.layers:
             assert norm.in_channels == sum(width[0] for width in widths), norm.name
             assert norm.num_channels == sum(width[1] for width in widths), norm.name
-    return norms, [norm for norm in conversion.norms if norm.left]
+    return norms, [norm for norm in conversion.norms if norm.skipped_reason]
 
 
 def backward(model, output):
@@ -111,10 +111,11 @@ def test_torchvision_detection(name):
     norms, left = converted(model, ([image],))
     assert norms and not left
     target = {
-        "boxes": torch.tensor([[8.0, 8.0, 48.0, 56.0]]), "labels": torch.tensor([1]),
+        "boxes": torch.tensor([[8.0, 8.0, 48.0, 56.0]]),
+        "labels": torch.tensor([1]),
         "masks": torch.ones(1, 64, 64, dtype=torch.uint8),
         "keypoints": torch.full((1, 17, 3), 20.0),
-    }  # fmt: skip
+    }
     losses = model.train()([image], [target])
     assert_all_reached(norms, backward(model, losses))
 
@@ -132,36 +133,96 @@ def test_torchvision_without_norms(kind, name):
 # name -> how many norms are left; the reason must be that they get a part of a layer's output, or
 # a concatenation of such parts (a split tensor), or an attention's product.
 TIMM = {
-    "resnet18": 0, "resnet26t": 0, "resnet50d": 0, "resnetrs50": 0, "resnetaa50": 0,
-    "resnext26ts": 0, "resnext50_32x4d": 0, "seresnext26t_32x4d": 0, "ecaresnet26t": 0,
-    "skresnet18": 0, "resnest14d": 0, "res2net50_14w_8s": 0, "resnetv2_18": 0, "resnetv2_50": 0,
-    "resnetv2_50d_gn": 0, "resnetv2_50x1_bit": 0, "regnetx_002": 0, "regnety_002": 0,
-    "regnetz_005": 0, "regnetv_040": 0, "densenet121": 0, "densenetblur121d": 0,
-    "efficientnet_b0": 0, "efficientnet_b0_g8_gn": 0, "efficientnetv2_rw_t": 0, "mixnet_s": 0,
-    "mobilenetv2_050": 0, "mobilenetv3_small_050": 0, "mobilenetv4_conv_small_035": 0,
-    "mnasnet_small": 0, "lcnet_035": 0, "fbnetv3_b": 0, "tinynet_e": 0, "ghostnet_050": 0,
-    "ghostnetv3_050": 0, "rexnet_100": 0, "hrnet_w18_small": 0, "inception_v3": 0,
-    "inception_v4": 0, "xception41p": 0, "legacy_xception": 0, "vgg16_bn": 0, "repvgg_a0": 0,
-    "mobileone_s0": 0, "repvit_m0_9": 0, "dla34": 0, "dla60_res2net": 0, "vovnet39a": 0,
-    "ese_vovnet19b_slim_dw": 0, "cspdarknet53": 0, "cs3darknet_s": 0, "hgnetv2_b0": 0,
-    "selecsls42": 0, "tresnet_m": 0, "convmixer_768_32": 0, "poolformer_s12": 0, "starnet_s1": 0,
-    "mobilevit_xxs": 0, "levit_128s": 0, "coatnet_bn_0_rw_224": 0, "efficientformerv2_s0": 0,
-    "fastvit_t8": 0, "xcit_nano_12_p16_224": 0, "pnasnet5large": 0,
-    "dpn68b": 25, "botnet26t_256": 3, "lambda_resnet26t": 9, "inception_next_atto": 12,
-}  # fmt: skip
+    "resnet18": 0,
+    "resnet26t": 0,
+    "resnet50d": 0,
+    "resnetrs50": 0,
+    "resnetaa50": 0,
+    "resnext26ts": 0,
+    "resnext50_32x4d": 0,
+    "seresnext26t_32x4d": 0,
+    "ecaresnet26t": 0,
+    "skresnet18": 0,
+    "resnest14d": 0,
+    "res2net50_14w_8s": 0,
+    "resnetv2_18": 0,
+    "resnetv2_50": 0,
+    "resnetv2_50d_gn": 0,
+    "resnetv2_50x1_bit": 0,
+    "regnetx_002": 0,
+    "regnety_002": 0,
+    "regnetz_005": 0,
+    "regnetv_040": 0,
+    "densenet121": 0,
+    "densenetblur121d": 0,
+    "efficientnet_b0": 0,
+    "efficientnet_b0_g8_gn": 0,
+    "efficientnetv2_rw_t": 0,
+    "mixnet_s": 0,
+    "mobilenetv2_050": 0,
+    "mobilenetv3_small_050": 0,
+    "mobilenetv4_conv_small_035": 0,
+    "mnasnet_small": 0,
+    "lcnet_035": 0,
+    "fbnetv3_b": 0,
+    "tinynet_e": 0,
+    "ghostnet_050": 0,
+    "ghostnetv3_050": 0,
+    "rexnet_100": 0,
+    "hrnet_w18_small": 0,
+    "inception_v3": 0,
+    "inception_v4": 0,
+    "xception41p": 0,
+    "legacy_xception": 0,
+    "vgg16_bn": 0,
+    "repvgg_a0": 0,
+    "mobileone_s0": 0,
+    "repvit_m0_9": 0,
+    "dla34": 0,
+    "dla60_res2net": 0,
+    "vovnet39a": 0,
+    "ese_vovnet19b_slim_dw": 0,
+    "cspdarknet53": 0,
+    "cs3darknet_s": 0,
+    "hgnetv2_b0": 0,
+    "selecsls42": 0,
+    "tresnet_m": 0,
+    "convmixer_768_32": 0,
+    "poolformer_s12": 0,
+    "starnet_s1": 0,
+    "mobilevit_xxs": 0,
+    "levit_128s": 0,
+    "coatnet_bn_0_rw_224": 0,
+    "efficientformerv2_s0": 0,
+    "fastvit_t8": 0,
+    "xcit_nano_12_p16_224": 0,
+    "pnasnet5large": 0,
+    "dpn68b": 25,
+    "botnet26t_256": 3,
+    "lambda_resnet26t": 9,
+    "inception_next_atto": 12,
+}
 TIMM_WITHOUT_NORMS = ["convnext_atto", "vit_tiny_patch16_224", "nfnet_l0", "resnetv2_50d_evos"]
 TIMM_SIZES = {"lambda_resnet26t": 256, "inception_v3": 299, "inception_v4": 299}
 
 
 TIMM_REPRESENTATIVES = [
-    "resnet26t", "resnest14d", "resnetv2_50d_gn", "regnetz_005", "densenetblur121d", "mixnet_s",
-    "hrnet_w18_small", "repvgg_a0", "levit_128s", "fastvit_t8", "dpn68b", "botnet26t_256",
-]  # fmt: skip
+    "resnet26t",
+    "resnest14d",
+    "resnetv2_50d_gn",
+    "regnetz_005",
+    "densenetblur121d",
+    "mixnet_s",
+    "hrnet_w18_small",
+    "repvgg_a0",
+    "levit_128s",
+    "fastvit_t8",
+    "dpn68b",
+    "botnet26t_256",
+]
 
 
-@pytest.mark.parametrize(
-    "name", TIMM if os.environ.get("GNP_ALL_MODELS") else TIMM_REPRESENTATIVES
-)
+@pytest.mark.parametrize("name", TIMM if os.environ.get("GNP_ALL_MODELS") else TIMM_REPRESENTATIVES)
 def test_timm(name):
     timm = pytest.importorskip("timm")
     model = timm.create_model(name, num_classes=3)
@@ -171,7 +232,7 @@ def test_timm(name):
     x = torch.randn(1, 3, size, size)
     norms, left = converted(model, x)
     assert norms and len(left) == TIMM[name]
-    assert all("output channels" in norm.left for norm in left)
+    assert all("output channels" in norm.skipped_reason for norm in left)
     assert_all_reached(norms, backward(model, model.train()(x)))
 
 

@@ -55,14 +55,12 @@ def test_learns_in_channels_when_registered(build):
     norm = gn(128)
     model = build(norm)
     assert (norm.in_channels, norm.num_groups) == (256, 32)
-    assert next(p for p in find_pairs(model) if p.norm is norm).layer is not None
+    assert next(p for p in find_pairs(model) if p.norm is norm).layers
 
 
 def test_two_norms_of_one_width_each_follow_their_own_layer():
     first, second = gn(64), gn(64)
-    Block(
-        7, 7, conv1=nn.Conv2d(256, 64, 1), n1=first, conv2=nn.Conv2d(64, 64, 3), n2=second
-    )  # fmt: skip
+    Block(7, 7, conv1=nn.Conv2d(256, 64, 1), n1=first, conv2=nn.Conv2d(64, 64, 3), n2=second)
     assert (first.in_channels, second.in_channels) == (256, 64)
 
 
@@ -97,7 +95,7 @@ def test_never_guesses(build):
     norm = gn(128)
     model = build(norm)
     assert norm.num_groups is None
-    assert [p.layer for p in find_pairs(model) if p.norm is norm] == [None]
+    assert [p.layers for p in find_pairs(model) if p.norm is norm] == [{}]
     with pytest.raises(ValueError, match="1 norms have no number of groups.*128 channels"):
         require_resolved(model)
 
@@ -108,8 +106,14 @@ def test_a_norm_that_replaces_another_is_fed_by_what_comes_before_it():
     )
     model[1] = gn(128)
     assert (model[1].in_channels, model[1].num_groups) == (256, 32)
-    block = Block(7, 7, conv1=nn.Conv2d(256, 128, 1), bn1=nn.BatchNorm2d(128),
-                  conv2=nn.Conv2d(128, 128, 3), bn2=nn.BatchNorm2d(128))  # fmt: skip
+    block = Block(
+        7,
+        7,
+        conv1=nn.Conv2d(256, 128, 1),
+        bn1=nn.BatchNorm2d(128),
+        conv2=nn.Conv2d(128, 128, 3),
+        bn2=nn.BatchNorm2d(128),
+    )
     for name, child in list(block.named_children()):
         if isinstance(child, nn.BatchNorm2d):
             setattr(block, name, gn(child.num_features))
@@ -136,8 +140,8 @@ def test_pairs_of_any_norm_with_paths():
         nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)),
         ConvWithNorm(8, 16, 1, norm=nn.GroupNorm(4, 16)),
     )
-    assert [(p.norm_name, p.layer_name) for p in find_pairs(model)] == [
-        ("0.1", "0.0"),
-        ("1.norm", "1"),
+    assert [(p.norm_name, p.layers) for p in find_pairs(model)] == [
+        ("0.1", {"0.0": model[0][0]}),
+        ("1.norm", {"1": model[1]}),
     ]
-    assert find_pairs(model[1])[0].layer is model[1]
+    assert find_pairs(model[1])[0].layers == {"": model[1]}
