@@ -4,11 +4,6 @@ Source: "On the Ideal Number of Groups for Isometric Gradient Propagation", arXi
 The paper's symbols: n_in -> in_channels, n_out -> out_channels, G -> num_groups,
 F/B (forward over backward activation gain) -> gain_ratio, n_g -> channels_per_group.
 
-The paper adds the variances of three correlated terms in Eq. (22), which is right at
-n_g = 4 only. The exact law for a linear layer with Gaussian weights has (n_g - 2)/(n_g - 3) where
-Eq. (22) has 1 + 4/n_g: normalization projects two of a group's n_g directions out of the gradient,
-and E[1/sigma^2] of n_g Gaussian features is n_g/(n_g - 3).
-
 Widths are full channel counts. The kernel area and a convolution's own ``groups`` multiply the
 fan-in and the fan-out alike and cancel out of their ratio, so grouped (ResNeXt) and depthwise
 convolutions use their full widths too.
@@ -25,7 +20,6 @@ from functools import lru_cache
 from numbers import Integral, Real
 
 RULES = ("practical", "closest", "exact")
-LAWS = ("paper", "exact")
 
 
 def ideal_num_groups(in_channels: int, out_channels: int, gain_ratio: float = 1.0) -> float:
@@ -73,7 +67,7 @@ def _select(ideal: Fraction, out_channels: int, rule: str) -> int:
     if rule == "exact":
         width_ratio = out_channels / (4 * ideal + out_channels)  # n_out / (F/B n_in)
         finite = [d for d in candidates if out_channels // d > 3]
-        ratios = {d: width_ratio * _exact_factor(out_channels // d) for d in finite}
+        ratios = {d: width_ratio * exact_factor(out_channels // d) for d in finite}
         return min(ratios, key=lambda d: (max(ratios[d], 1 / ratios[d]), -d), default=1)
     if rule == "closest":
         return min(candidates, key=lambda d: (abs(d - ideal), -d))
@@ -83,34 +77,8 @@ def _select(ideal: Fraction, out_channels: int, rule: str) -> int:
     return min(candidates, key=lambda d: max(d / target, target / d))
 
 
-def gradient_variance_ratio(
-    in_channels: int, out_channels: int, num_groups: int, law: str = "paper"
-) -> float:
-    """K(G): predicted gradient variance at a unit block's input over that at its output.
-
-    1 is isometric. Holds for activations with equal gains, such as ReLU.
-
-    Args:
-        law: ``"paper"`` is Eq. (31), Sec. 2.1; ``"exact"`` is that of a linear layer,
-            (out/in) (n_g - 2)/(n_g - 3), infinite for 3 or fewer channels per group.
-
-    Raises:
-        TypeError, ValueError: a width is not a positive integer, ``num_groups`` does not
-            divide ``out_channels``, or an unknown law.
-    """
-    check_width("in_channels", in_channels)
-    check_num_groups(num_groups, out_channels)
-    if law not in LAWS:
-        raise ValueError(f"law must be one of {', '.join(map(repr, LAWS))}; got {law!r}")
-    if law == "paper":
-        return (out_channels + 4 * num_groups) / in_channels
-    channels_per_group = out_channels // num_groups
-    if channels_per_group <= 3:
-        return math.inf
-    return float(Fraction(out_channels, in_channels) * _exact_factor(channels_per_group))
-
-
-def _exact_factor(channels_per_group: int) -> Fraction:
+def exact_factor(channels_per_group: int) -> Fraction:
+    """GroupNorm's factor in the exact law, for more than 3 channels to a group."""
     return Fraction(channels_per_group - 2, channels_per_group - 3)
 
 

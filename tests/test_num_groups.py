@@ -5,12 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from gnpractical.num_groups import (
-    divisors,
-    gradient_variance_ratio,
-    ideal_num_groups,
-    practical_num_groups,
-)
+from gnpractical.num_groups import divisors, ideal_num_groups, practical_num_groups
 
 
 def brute_force_divisors(n):
@@ -65,12 +60,6 @@ def test_ideal_is_eq_32_and_may_be_negative():
     assert ideal_num_groups(128, 128) == 0
     assert ideal_num_groups(64, 256) == -48
     assert ideal_num_groups(100, 50, gain_ratio=1.5) == 25
-
-
-def test_ratio_is_eq_31():
-    assert gradient_variance_ratio(128, 128, 1) == 1.03125
-    assert gradient_variance_ratio(128, 128, 32) == 2.0
-    assert gradient_variance_ratio(784, 512, 64) == pytest.approx(768 / 784)
 
 
 def test_practical_and_closest_differ_where_the_paper_says_they_agree():
@@ -152,7 +141,7 @@ def test_widths_of_other_types(bad):
     with pytest.raises(TypeError, match="in_channels must be an integer"):
         practical_num_groups(bad, 64)
     with pytest.raises(TypeError, match="out_channels must be an integer"):
-        gradient_variance_ratio(64, bad, 1)
+        practical_num_groups(64, bad)
 
 
 def test_unknown_rule_lists_the_valid_ones():
@@ -164,11 +153,6 @@ def test_unknown_rule_lists_the_valid_ones():
 def test_gain_ratio_must_be_positive(bad):
     with pytest.raises(ValueError, match="gain_ratio"):
         practical_num_groups(64, 64, "practical", bad)
-
-
-def test_ratio_of_groups_that_do_not_divide():
-    with pytest.raises(ValueError, match="48 groups do not divide 256 channels.*1, 2, 4"):
-        gradient_variance_ratio(64, 256, 48)
 
 
 @pytest.mark.parametrize(
@@ -196,12 +180,3 @@ def test_exact_rule_against_brute_force():
             assert practical_num_groups(
                 in_channels, out_channels, rule="exact", gain_ratio=gain
             ) == exact_law(in_channels, out_channels, Fraction(gain)), (in_channels, out_channels)
-
-
-def test_exact_law():
-    assert gradient_variance_ratio(512, 256, 64, law="exact") == 1.0
-    assert gradient_variance_ratio(512, 256, 32, law="exact") == pytest.approx(0.6)
-    assert gradient_variance_ratio(6, 6, 1, law="exact") == pytest.approx(4 / 3)
-    assert gradient_variance_ratio(6, 6, 2, law="exact") == math.inf
-    with pytest.raises(ValueError, match="law must be one of 'paper', 'exact'; got 'true'"):
-        gradient_variance_ratio(6, 6, 2, law="true")

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from tabulate import tabulate
 from torch import nn
 
-from gnpractical.analysis.calibration import MeasuredGroups, calibrate, measured_norms
-from gnpractical.analysis.unit_blocks import Loss
+from gnpractical.measure.calibration import MeasuredGroups, calibrate, measured_norms
+from gnpractical.measure.unit_blocks import Loss
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +42,15 @@ def calibrate_measured(model: nn.Module, batches: list[Any], loss: Loss | None =
     if unmeasured:
         logger.warning(
             "%d norms could not be measured (no finite, nonzero gradient in these batches) and "
-            "have GN_PRACTICAL's count: %s", len(unmeasured), ", ".join(unmeasured[:5])
-        )  # fmt: skip
+            "have GN_PRACTICAL's count: %s",
+            len(unmeasured),
+            ", ".join(unmeasured[:5]),
+        )
 
 
 def _table(rows: list[MeasuredGroups]) -> str:
     return tabulate(
-        [
-            [row.name, row.num_groups, row.ratios.get(row.num_groups), *_range(row)]
-            for row in rows
-        ],
+        [[row.name, row.num_groups, row.ratios.get(row.num_groups), *_range(row)] for row in rows],
         ["layer", "G", "K(G)", "lowest K", "highest K"],
         floatfmt=".2f",
         missingval="-",

@@ -1,6 +1,6 @@
 """Which number of groups each GroupNorm of a model has, and what the paper predicts for it.
 
-Symbols as in ``num_groups``: K(G) is the predicted variance of the gradient at a block's input
+Symbols as in ``gradient_law``: K(G) is the predicted variance of the gradient at a block's input
 over that at its output, Eq. (31) of arXiv 2302.03193.
 """
 
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from tabulate import tabulate
 from torch import nn
 
+from gnpractical.gradient_law import gradient_variance_ratio
 from gnpractical.layers.group_norm import PracticalGroupNorm
 from gnpractical.layers.pairing import find_pairs, layer_widths
-from gnpractical.layers.weight_standardization import WSConv2d
-from gnpractical.num_groups import gradient_variance_ratio, ideal_num_groups
+from gnpractical.layers.weight_standardization import is_weight_standardized
+from gnpractical.num_groups import ideal_num_groups
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def group_report(model: nn.Module) -> list[LayerGroups]:
         norm = pair.norm
         if not isinstance(norm, nn.GroupNorm):
             continue
-        widths = layer_widths(pair.layer) if pair.layer is not None else None
-        in_channels = widths[0] if widths else None
+        widths = [layer_widths(layer) or (0, 0) for layer in pair.layers.values()]
+        in_channels = sum(width[0] for width in widths) or None
         name = f"GN_{norm.num_groups}"
         if isinstance(norm, PracticalGroupNorm):
             in_channels = norm.in_channels or in_channels
@@ -88,7 +89,7 @@ def group_report(model: nn.Module) -> list[LayerGroups]:
                 ratio_1=_ratio(in_channels, norm.num_channels, 1),
                 ratio_32=_ratio(in_channels, norm.num_channels, 32),
                 frozen=norm.weight is not None and not norm.weight.requires_grad,
-                weight_standardized=isinstance(pair.layer, WSConv2d),
+                weight_standardized=is_weight_standardized(pair),
             )
         )
     return rows
@@ -109,8 +110,16 @@ def format_report(rows: Iterable[LayerGroups]) -> str:
     table = tabulate(
         [
             [
-                r.name, r.in_channels, r.out_channels, r.ideal, r.num_groups,
-                r.ratio, r.ratio_1, r.ratio_32, r.norm, r.flags,
+                r.name,
+                r.in_channels,
+                r.out_channels,
+                r.ideal,
+                r.num_groups,
+                r.ratio,
+                r.ratio_1,
+                r.ratio_32,
+                r.norm,
+                r.flags,
             ]
             for r in rows
         ],
@@ -118,7 +127,7 @@ def format_report(rows: Iterable[LayerGroups]) -> str:
         floatfmt=("", "", "", ".6g", "", ".2f", ".2f", ".2f", "", ""),
         missingval="-",
         disable_numparse=[0],  # a layer may be called "0.1"
-    )  # fmt: skip
+    )
     counts = Counter(r.num_groups for r in rows if r.num_groups is not None)
     totals = (
         f"{len(rows)} GroupNorm layers: G=1 in {counts[1]}, "

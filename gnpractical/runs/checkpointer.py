@@ -12,18 +12,18 @@ import torch
 from fvcore.common.checkpoint import Checkpointer
 from torch import nn
 
-from gnpractical.analysis.group_record import (
+from gnpractical.measure.layer_report import group_report
+from gnpractical.runs.group_record import (
     RECORD_KEY,
     GroupMismatch,
-    Record,
+    GroupRecord,
     check_record,
     describe_mismatch,
     differing_norms,
     group_record,
     take_measured,
 )
-from gnpractical.analysis.layer_report import group_report
-from gnpractical.analysis.output_dir import write_atomically, write_text
+from gnpractical.runs.output_dir import write_atomically, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class GroupCheckpointer(Checkpointer):
         self._mismatch = mismatch
         self._loading = ""
 
-    def advice(self, differing: list[str], record: Record) -> str:
+    def advice(self, differing: list[str], record: GroupRecord) -> str:
         """What to change so that the norms ``differing`` match ``record``, or to load anyway."""
         raise NotImplementedError
 
@@ -139,11 +139,12 @@ class GroupCheckpointer(Checkpointer):
                 logger.warning(
                     "%s has no record of group counts: %d GroupNorm layers got weights trained at "
                     "an unknown number of groups (those of model zoos, such as R-50-GN.pkl: 32).",
-                    self._loading, len(loaded)
-                )  # fmt: skip
+                    self._loading,
+                    len(loaded),
+                )
         return incompatible
 
-    def _compare(self, record: Record) -> None:
+    def _compare(self, record: GroupRecord) -> None:
         differing = differing_norms(self.model, record)
         if not differing or self._mismatch == "ignore":
             return

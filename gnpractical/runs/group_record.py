@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from gnpractical.analysis.calibration import measured_norms
-from gnpractical.analysis.layer_report import group_report
 from gnpractical.layers.pairing import find_pairs
-from gnpractical.layers.weight_standardization import WSConv2d
+from gnpractical.layers.weight_standardization import is_weight_standardized
+from gnpractical.measure.calibration import measured_norms
+from gnpractical.measure.layer_report import group_report
 
 RECORD_KEY = "gnp_groups"
 
-Record = Mapping[str, Mapping[str, Any]]
+GroupRecord = Mapping[str, Mapping[str, Any]]
 
 
 class GroupMismatch(ValueError):
@@ -35,7 +35,7 @@ def group_record(model: nn.Module) -> dict[str, dict[str, Any]]:
         pair.norm_name: {
             "num_groups": None,
             "norm": type(pair.norm).__name__,
-            "weight_standardized": isinstance(pair.layer, WSConv2d),
+            "weight_standardized": is_weight_standardized(pair),
         }
         for pair in find_pairs(model)
     }
@@ -44,14 +44,14 @@ def group_record(model: nn.Module) -> dict[str, dict[str, Any]]:
     return record
 
 
-def check_record(record: Record) -> None:
+def check_record(record: GroupRecord) -> None:
     """KeyError if an entry lacks a field."""
     for entry in record.values():
         if not {"num_groups", "norm", "weight_standardized"} <= entry.keys():
             raise KeyError(f"incomplete {RECORD_KEY}")
 
 
-def take_measured(model: nn.Module, record: Record) -> None:
+def take_measured(model: nn.Module, record: GroupRecord) -> None:
     """Give the model's GN_MEASURED norms the counts the file was calibrated to."""
     for name, norm in measured_norms(model).items():
         entry = record.get(name, {})
@@ -59,7 +59,7 @@ def take_measured(model: nn.Module, record: Record) -> None:
             norm.set_num_groups(entry["num_groups"])
 
 
-def differing_norms(model: nn.Module, record: Record) -> list[str]:
+def differing_norms(model: nn.Module, record: GroupRecord) -> list[str]:
     """Paths of the norms whose count or weight standardization is not the record's.
 
     A file may cover a part of the model only, for example a backbone.
@@ -68,7 +68,9 @@ def differing_norms(model: nn.Module, record: Record) -> list[str]:
     return [n for n in mine if n in record and _settings(mine[n]) != _settings(record[n])]
 
 
-def describe_mismatch(path: str, model: nn.Module, record: Record, differing: list[str]) -> str:
+def describe_mismatch(
+    path: str, model: nn.Module, record: GroupRecord, differing: list[str]
+) -> str:
     """A sentence or two: how many of the norms differ from those in ``path``, and the first."""
     mine = group_record(model)
     first = "; ".join(

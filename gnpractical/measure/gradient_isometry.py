@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gnpractical.analysis.unit_blocks import BlockCall, Loss, find_norms, run_batches
 from gnpractical.layers.data_flow import Source
 from gnpractical.layers.pairing import norm_width
+from gnpractical.measure.unit_blocks import BlockCall, Loss, find_norms, run_batches
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class BlockGradient:
         activation: the activation that follows the norm directly, such as "relu", or None.
         input_variance, output_variance: of the gradient at the block's two ends, over all
             elements, calls and batches; None where nothing could be measured.
-        left_out: calls left out because a gradient was not finite or zero throughout.
-        reason: why nothing could be measured, "" where something was.
+        skipped_calls: calls left out because a gradient was not finite or zero throughout.
+        skipped_reason: why nothing could be measured, "" where something was.
     """
 
     name: str
@@ -51,8 +51,8 @@ class BlockGradient:
     activation: str | None
     input_variance: float | None
     output_variance: float | None
-    left_out: int
-    reason: str
+    skipped_calls: int
+    skipped_reason: str
 
     @property
     def ratio(self) -> float | None:
@@ -124,6 +124,14 @@ class PooledVariance:
         return self._squares / self._count - (self._sum / self._count) ** 2
 
 
+def pooled_variance(parts: Iterable[PooledVariance]) -> float | None:
+    """The variance over all elements of all parts, None without any."""
+    total = PooledVariance()
+    for part in parts:
+        total.merge(part)
+    return total.value()
+
+
 def usable(gradients: Sequence[Tensor]) -> bool:
     """Whether they can enter a ratio: some, finite, and not the same value throughout."""
     return all(bool(torch.isfinite(g).all()) for g in gradients) and any(
@@ -138,13 +146,12 @@ class _Block:
         self.norm = norm
         self.sources: list[Source] = []
         self.activation: str | None = None
-        self.left_out = 0
+        self.skipped_calls = 0
         self.calls = 0
         self.input, self.output = PooledVariance(), PooledVariance()
 
     def add(self, call: BlockCall) -> None:
-        assert call.output_grad is not None
-        self.activation = call.activation_name
+        self.activation = call.activation.name if call.activation else None
         self.calls += 1
         if call.fed.source.layers not in [source.layers for source in self.sources]:
             self.sources.append(call.fed.source)
@@ -154,13 +161,13 @@ class _Block:
                 self.input.add(gradient)
             self.output.add(call.output_grad)
         else:
-            self.left_out += 1
+            self.skipped_calls += 1
 
     def result(self, name: str) -> BlockGradient:
         reason = ""
         if not self.calls:
             reason = "it did not run, gets no weight layer's output, or no gradient reaches it"
-        elif self.left_out == self.calls:
+        elif self.skipped_calls == self.calls:
             reason = "its gradients are not finite, zero throughout, or do not reach its layers"
         return BlockGradient(
             name=name,
@@ -171,6 +178,6 @@ class _Block:
             activation=self.activation,
             input_variance=self.input.value(),
             output_variance=self.output.value(),
-            left_out=self.left_out,
-            reason=reason,
+            skipped_calls=self.skipped_calls,
+            skipped_reason=reason,
         )

@@ -5,7 +5,7 @@ from collections import namedtuple
 import pytest
 from torch import nn
 
-from gnpractical.analysis.output_dir import check_disk_space, check_output_dir, write_text
+from gnpractical.runs.output_dir import check_disk_space, check_output_dir, write_text
 
 
 def test_output_dir(tmp_path):

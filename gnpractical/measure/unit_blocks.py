@@ -25,44 +25,70 @@ from gnpractical.layers.pairing import norm_width
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
+@dataclass(frozen=True)
+class Activation:
+    """The activation that follows a norm directly: what it computes, its name, where it ends."""
+
+    function: Callable[[Tensor], Tensor]
+    name: str
+    end: GradientEdge
+
+
 @dataclass
-class BlockCall:
-    """One call of a unit block in a forward pass, and the gradients at the norm and the output.
+class _ForwardCall:
+    """One call of a unit block in a forward pass.
 
     Attributes:
-        fed: the norm's input (N, C, *), still part of the graph that leads to the layers it comes
+        fed: The norm's input (N, C, *), still part of the graph that leads to the layers it comes
             from.
-        layer_edges: of the layer's output and its input, if one layer's very output is the norm's
+        layer_edges: Of the layer's output and its input, if one layer's very output is the norm's
             input, else ().
-        norm_edge: where what flows back through this norm alone is found.
-        norm_grad, output_grad: the gradient there, and at the block's output.
-        input_grad: at the layer's input, if it came without further work.
+        norm_start: Where the gradient that flows back through this norm alone is found.
+        norm_end: The norm's output.
+        activation: None while none is known to follow.
     """
 
     norm: nn.Module
     fed: Tagged
     layer_edges: tuple[GradientEdge, ...]
-    norm_edge: GradientEdge
-    output: GradientEdge
-    norm_output: GradientEdge | None = None
-    activation: Callable[[Tensor], Tensor] | None = None
-    activation_name: str | None = None
-    norm_grad: Tensor | None = None
-    output_grad: Tensor | None = None
-    input_grad: Tensor | None = None
+    norm_start: GradientEdge
+    norm_end: GradientEdge
+    activation: Activation | None = None
+
+    @property
+    def block_end(self) -> GradientEdge:
+        return self.activation.end if self.activation else self.norm_end
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of a unit block, and the gradients that reached it.
+
+    Attributes:
+        fed: The norm's input (N, C, *), still part of the graph that leads to the layers it comes
+            from.
+        activation: What follows the norm directly, or None.
+        output_grad: The gradient at the block's end.
+        norm_grad: At the norm's input, of what flows back through this norm alone.
+        input_grad: At the layer's input, if it came without further work.
+    """
+
+    norm: nn.Module
+    fed: Tagged
+    activation: Activation | None
+    output_grad: Tensor
+    norm_grad: Tensor
+    input_grad: Tensor | None
 
     def input_gradients(self, norm_grad: Tensor | None = None) -> list[Tensor]:
         """dL/dx at the input of each feeding layer, of what flows back through this norm alone.
 
-        For ``norm_grad``, or else the measured dL/dy, at the norm's input. [] where none arrives,
+        For ``norm_grad`` at the norm's input, or else for the measured one. [] where none arrives,
         as through a detached tensor or a reentrant checkpoint.
         """
-        if norm_grad is None:
-            if self.input_grad is not None:
-                return [self.input_grad]
-            norm_grad = self.norm_grad
-            assert norm_grad is not None
-        return _gradients(self.fed, norm_grad)
+        if norm_grad is None and self.input_grad is not None:
+            return [self.input_grad]
+        return _gradients(self.fed, self.norm_grad if norm_grad is None else norm_grad)
 
 
 def run_batches(
@@ -109,9 +135,9 @@ class _Recorder(DataFlow):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         # Norm outputs: the tensor (which keeps its id its own), its version and its call.
-        self._norm_outputs: dict[int, tuple[Tensor, int, BlockCall]] = {}
-        self._entered: dict[nn.Module, Callable[..., BlockCall]] = {}
-        self.calls: list[BlockCall] = []
+        self._norm_outputs: dict[int, tuple[Tensor, int, _ForwardCall]] = {}
+        self._entered: dict[nn.Module, Callable[..., _ForwardCall]] = {}
+        self.calls: list[_ForwardCall] = []
 
     def __enter__(self) -> DataFlow:
         for norm in find_norms(self._model):
@@ -136,7 +162,9 @@ class _Recorder(DataFlow):
         if source.input and source.output == (edge := get_gradient_edge(y)):
             layer_edges = edge, source.input
         fed = Tagged(y, y._version, source)
-        self._entered[norm] = partial(BlockCall, norm, fed, layer_edges, get_gradient_edge(alias))
+        self._entered[norm] = partial(
+            _ForwardCall, norm, fed, layer_edges, get_gradient_edge(alias)
+        )
         return alias
 
     def _leave_norm(self, norm: nn.Module, args: tuple, output: Tensor) -> None:
@@ -164,16 +192,15 @@ class _Recorder(DataFlow):
         """An operation reads a norm's output: its activation, if that is the only one to do so."""
         if call.activation is None and func in ACTIVATION_FUNCTIONS and args and args[0] is tensor:
             rest = args[1:]
-            call.norm_output = call.output
-            call.output = get_gradient_edge(result)
-            call.activation = lambda z: func(z, *rest, **kwargs)
-            call.activation_name = ACTIVATION_FUNCTIONS[func]
+            call.activation = Activation(
+                lambda z: func(z, *rest, **kwargs),
+                ACTIVATION_FUNCTIONS[func],
+                get_gradient_edge(result),
+            )
             if result is tensor:  # in place: from here on this tensor is the activation's output
                 self._norm_outputs.pop(id(tensor), None)
         else:
-            if call.norm_output is not None:
-                call.output = call.norm_output
-            call.activation = call.activation_name = None
+            call.activation = None
             self._norm_outputs.pop(id(tensor), None)
 
 
@@ -203,18 +230,25 @@ def _run(model: nn.Module, batch: Any, loss: Loss) -> list[BlockCall]:
         value = _loss_value(model, batch, loss)
     if not recorder.calls:
         return []
-    calls, direct = recorder.calls, [call for call in recorder.calls if call.layer_edges]
-    edges = [edge for call in calls for edge in (call.norm_edge, call.output)]
-    edges += [edge for call in direct for edge in call.layer_edges]
+    edges = [
+        edge
+        for call in recorder.calls
+        for edge in (call.norm_start, call.block_end, *call.layer_edges)
+    ]
     gradients = iter(torch.autograd.grad(value, edges, retain_graph=True, allow_unused=True))
-    for call in calls:
-        call.norm_grad, call.output_grad = next(gradients), next(gradients)
-    for call in direct:
-        y, x = next(gradients), next(gradients)
+    calls = []
+    for call in recorder.calls:
+        norm_grad, output_grad = next(gradients), next(gradients)
+        y_grad, x_grad = (next(gradients), next(gradients)) if call.layer_edges else (None, None)
+        if norm_grad is None or output_grad is None:
+            continue
         # Almost always nothing but the norm reads the layer's output; then no more is to be done.
-        if y is not None and call.norm_grad is not None and torch.equal(y, call.norm_grad):
-            call.input_grad = x
-    return [c for c in calls if c.norm_grad is not None and c.output_grad is not None]
+        direct = y_grad is not None and torch.equal(y_grad, norm_grad)
+        input_grad = x_grad if direct else None
+        calls.append(
+            BlockCall(call.norm, call.fed, call.activation, output_grad, norm_grad, input_grad)
+        )
+    return calls
 
 
 def _loss_value(model: nn.Module, batch: Any, loss: Loss) -> Tensor:
@@ -258,7 +292,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     attributes = [_plain_attributes(module) for module in modules]
     buffers = [
-        {name: (b, None if b is None else b.detach().clone()) for name, b in m._buffers.items()}
+        {name: (buffer, buffer.detach().clone()) for name, buffer in m.named_buffers(recurse=False)}
         for m in modules
     ]
     devices = {p.device for p in model.parameters() if p.is_cuda}
@@ -273,9 +307,8 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             for module, plain, saved in zip(modules, attributes, buffers, strict=True):
                 vars(module).update(plain)
                 for name, (buffer, value) in saved.items():
-                    module._buffers[name] = buffer
-                    if buffer is not None and value is not None:
-                        buffer.data = value.to(buffer.device)
+                    buffer.data = value
+                    setattr(module, name, buffer)
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gnpractical.analysis.gradient_isometry import BlockGradient, mean_abs_log
-from gnpractical.analysis.gradient_simulation import Isometry
-from gnpractical.num_groups import gradient_variance_ratio
+from gnpractical.gradient_law import gradient_variance_ratio
+from gnpractical.measure.gradient_isometry import BlockGradient, mean_abs_log
 
 
 def learning_curves(
@@ -102,8 +102,12 @@ def block_gradients(
     figure.savefig(path, dpi=130)
 
 
-def isometry_curve(rows: Sequence[Isometry], path: str | Path) -> None:
+def isometry_curve(rows: Sequence[Any], path: str | Path) -> None:
     """Draw measured B over channels per group, beside the paper's law and the exact one.
+
+    Args:
+        rows: Of ``paper.simulation.simulate``.
+        path: The picture to write; its ending gives the format.
 
     Raises:
         OSError: ``path`` cannot be written.

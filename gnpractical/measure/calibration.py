@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gnpractical.analysis.gradient_isometry import PooledVariance, usable
-from gnpractical.analysis.unit_blocks import BlockCall, Loss, run_batches
 from gnpractical.layers.group_norm import MEASURED, MIN_VALUES, PracticalGroupNorm
 from gnpractical.layers.pairing import find_pairs
+from gnpractical.measure.gradient_isometry import PooledVariance, pooled_variance, usable
+from gnpractical.measure.unit_blocks import BlockCall, Loss, run_batches
 from gnpractical.num_groups import check_width, divisors, practical_num_groups
 
 
@@ -36,13 +36,13 @@ class MeasuredGroups:
         num_groups: the choice.
         ratios: K of every candidate, by number of groups, each from the last pass that evaluated
             it; empty where nothing could be measured, and then the choice is Algorithm 1's.
-        left_out: calls left out because a gradient was not finite or zero throughout.
+        skipped_calls: calls left out because a gradient was not finite or zero throughout.
     """
 
     name: str
     num_groups: int
     ratios: dict[int, float]
-    left_out: int
+    skipped_calls: int
 
     @property
     def isometric_between(self) -> bool:
@@ -114,7 +114,7 @@ def calibrate(
             norm.num_groups = before_it
         raise
     rows = [
-        MeasuredGroups(name, norm.num_groups, layers[norm].ratios(), layers[norm].left_out)
+        MeasuredGroups(name, norm.num_groups, layers[norm].ratios(), layers[norm].skipped_calls)
         for name, norm in norms.items()
     ]
     unmeasured = [row.name for row in rows if not row.ratios]
@@ -137,16 +137,23 @@ def measured_norms(model: nn.Module) -> dict[str, PracticalGroupNorm]:
     }
 
 
+@dataclass(frozen=True)
+class _CallVariances:
+    """Of one call of a block: the gradient's variance at its output, and by count at its input."""
+
+    output: PooledVariance
+    input_by_count: dict[int, PooledVariance]
+
+
 class _Candidates:
     """K of the possible numbers of groups of one norm, over its calls."""
 
     def __init__(self, norm: PracticalGroupNorm) -> None:
         self.norm = norm
-        self.left_out = 0
+        self.skipped_calls = 0
         self._earlier: dict[int, float] = {}
         self._counts: Sequence[int] = divisors(norm.num_channels)
-        # Of every call: at the output, and at the input by number of groups.
-        self._calls: list[tuple[PooledVariance, dict[int, PooledVariance]]] = []
+        self._calls: list[_CallVariances] = []
 
     def narrow(self) -> None:
         """Begin a pass over the present count and its neighbours only."""
@@ -157,7 +164,6 @@ class _Candidates:
         self._calls = []
 
     def add(self, call: BlockCall) -> None:
-        assert call.output_grad is not None
         values = call.fed.tensor[0].numel()
         output = _variance([call.output_grad])
         inputs = {}
@@ -168,9 +174,9 @@ class _Candidates:
                 if variance is not None:
                     inputs[num_groups] = variance
         if output is None or not inputs:
-            self.left_out += 1
+            self.skipped_calls += 1
         else:
-            self._calls.append((output, inputs))
+            self._calls.append(_CallVariances(output, inputs))
 
     def _input_gradients(self, call: BlockCall, num_groups: int) -> list[Tensor]:
         """dL/dx at the weight layers' inputs, were the norm's count ``num_groups``."""
@@ -178,7 +184,7 @@ class _Candidates:
         y = call.fed.tensor.detach().requires_grad_()
         with torch.enable_grad():
             z = torch.group_norm(y, num_groups, norm.weight, norm.bias, norm.eps)
-            out = call.activation(z) if call.activation else z
+            out = call.activation.function(z) if call.activation else z
         (y_grad,) = torch.autograd.grad(out, y, call.output_grad)
         return call.input_gradients(y_grad)
 
@@ -186,14 +192,11 @@ class _Candidates:
         """By number of groups; a count that one of the calls could not run with is none."""
         now = {}
         for num_groups in self._counts if self._calls else ():
-            if all(num_groups in inputs for _, inputs in self._calls):
-                pooled = [PooledVariance(), PooledVariance()]
-                for output, inputs in self._calls:
-                    pooled[0].merge(inputs[num_groups])
-                    pooled[1].merge(output)
-                variances = [total.value() for total in pooled]
-                if all(variances):
-                    now[num_groups] = variances[0] / variances[1]  # type: ignore[operator]
+            if all(num_groups in call.input_by_count for call in self._calls):
+                input = pooled_variance(call.input_by_count[num_groups] for call in self._calls)
+                output = pooled_variance(call.output for call in self._calls)
+                if input and output:
+                    now[num_groups] = input / output
         return dict(sorted((self._earlier | now).items()))
 
     @property

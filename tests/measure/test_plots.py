@@ -1,9 +1,9 @@
 import pytest
 from PIL import Image
 
-from gnpractical.analysis.gradient_isometry import BlockGradient
-from gnpractical.analysis.gradient_simulation import Isometry
-from gnpractical.analysis.plots import block_gradients, isometry_curve, learning_curves
+from gnpractical.measure.gradient_isometry import BlockGradient
+from gnpractical.measure.plots import block_gradients, isometry_curve, learning_curves
+from gnpractical.paper.simulation import Isometry
 
 
 def block(name, num_groups, variance):

@@ -56,8 +56,10 @@ def test_equals_a_naive_computation():
         assert rows[name].output_variance == pytest.approx(output_variance, rel=1e-4)
         assert rows[name].ratio == pytest.approx(input_variance / output_variance, rel=1e-4)
     assert {name: row.activation for name, row in rows.items()} == {
-        "norm1": "relu", "norm2": None, "head.1": "relu"
-    }  # fmt: skip
+        "norm1": "relu",
+        "norm2": None,
+        "head.1": "relu",
+    }
     assert [rows["norm1"].in_channels, rows["norm1"].out_channels] == [3, 8]
     assert rows["head.1"].num_groups == 3 and rows["head.1"].layer == "head.0"
 
@@ -148,8 +150,8 @@ def test_blocks_that_cannot_be_measured_say_why():
 
     rows = measure_gradient_variance(FirstFive(), [torch.randn(3, 4)])
     assert [row.ratio for row in rows] == [None, None, None]
-    assert "zero throughout" in rows[0].reason and rows[0].left_out == 1
-    assert "did not run" in rows[2].reason
+    assert "zero throughout" in rows[0].skipped_reason and rows[0].skipped_calls == 1
+    assert "did not run" in rows[2].skipped_reason
 
 
 def test_gradients_that_are_not_finite_are_left_out():
@@ -162,7 +164,7 @@ def test_gradients_that_are_not_finite_are_left_out():
     x = torch.rand(3, 4)
     good = measure_gradient_variance(model, [-x], loss)[0]
     both = measure_gradient_variance(model, [-x, x], loss)[0]
-    assert both.left_out == 1 and both.ratio == pytest.approx(good.ratio)
+    assert both.skipped_calls == 1 and both.ratio == pytest.approx(good.ratio)
 
 
 def ratio_of(forward, *layers):
@@ -263,17 +265,33 @@ def test_arguments_of_the_wrong_kind(batches, loss):
     "model, batches, loss, message",
     [
         (nn.Linear(3, 3), [1], None, "has no unit block"),
-        (nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)), [torch.ones(2, 3)],
-         lambda m, b: m(b).sum().detach(), "the loss has no gradient"),
+        (
+            nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)),
+            [torch.ones(2, 3)],
+            lambda m, b: m(b).sum().detach(),
+            "the loss has no gradient",
+        ),
         (nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)), [], None, "no batches"),
-        (nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)), [torch.ones(2, 3)], None,
-         r"must be a scalar tensor, got \(2, 4\): pass loss="),
-        (nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)), [torch.ones(2, 3)],
-         lambda m, b: m(b).sum() * torch.nan, "the loss is nan"),
-        (nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)), [torch.ones(2, 3, device="meta")],
-         lambda m, b: m(b).sum(), "different devices"),
+        (
+            nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)),
+            [torch.ones(2, 3)],
+            None,
+            r"must be a scalar tensor, got \(2, 4\): pass loss=",
+        ),
+        (
+            nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)),
+            [torch.ones(2, 3)],
+            lambda m, b: m(b).sum() * torch.nan,
+            "the loss is nan",
+        ),
+        (
+            nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)),
+            [torch.ones(2, 3, device="meta")],
+            lambda m, b: m(b).sum(),
+            "different devices",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input(model, batches, loss, message):
     with pytest.raises(ValueError, match=message):
         measure_gradient_variance(model, batches, loss)
@@ -281,8 +299,9 @@ def test_bad_input(model, batches, loss, message):
 
 def test_the_exact_law_on_a_linear_layer():
     """1024 -> 512 with 16 channels a group: K is (512/1024) 14/13."""
-    block = nn.Sequential(nn.Linear(1024, 512, bias=False), PracticalGroupNorm(512, rule=32),
-                          nn.ReLU())  # fmt: skip
+    block = nn.Sequential(
+        nn.Linear(1024, 512, bias=False), PracticalGroupNorm(512, rule=32), nn.ReLU()
+    )
     nn.init.normal_(block[0].weight, std=0.05)
     weights = torch.randn(64, 512)
     x = nn.GroupNorm(64, 1024)(torch.randn(64, 1024)).relu().detach()

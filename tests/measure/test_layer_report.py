@@ -51,8 +51,17 @@ def test_table_and_totals():
     text = format_report(group_report(toy()))
     lines = text.splitlines()
     assert lines[0].split() == [
-        "layer", "in", "out", "G_ideal", "G", "K(G)", "K(1)", "K(32)", "norm", "flags"
-    ]  # fmt: skip
+        "layer",
+        "in",
+        "out",
+        "G_ideal",
+        "G",
+        "K(G)",
+        "K(1)",
+        "K(32)",
+        "norm",
+        "flags",
+    ]
     row = next(line.split() for line in lines if line.startswith("0.1"))
     assert row == ["0.1", "256", "128", "32", "32", "1.00", "0.52", "1.00", "GN_PRACTICAL", "WS"]
     assert lines[-1] == (

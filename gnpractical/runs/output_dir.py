@@ -1,5 +1,4 @@
-"""What a training run writes to its folder: checked beforehand, and every file whole or not there.
-"""
+"""What a training run writes to its folder: checked beforehand, every file whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from typing import IO, Any
 
 from torch import nn
 
-from gnpractical.analysis.layer_report import format_report, group_report
+from gnpractical.measure.layer_report import format_report, group_report
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +39,9 @@ def check_output_dir(output_dir: str, option: str) -> None:
 def check_disk_space(output_dir: str, model: nn.Module, count: int, option: str) -> None:
     """OSError if two checkpoints do not fit on the disk; a warning if ``count`` do not."""
     # Weights, and for the trained ones SGD's momentum, in the parameters' own type.
-    size = sum(p.numel() * p.element_size() * (2 if p.requires_grad else 1)
-               for p in model.parameters())  # fmt: skip
+    size = sum(
+        p.numel() * p.element_size() * (2 if p.requires_grad else 1) for p in model.parameters()
+    )
     free = shutil.disk_usage(output_dir).free
     text = (
         f"{free / 2**20:.0f} MiB are free for {option} {output_dir!r}; a checkpoint takes "
