@@ -12,12 +12,10 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
-from gnpractical.analysis.output_dir import check_output_dir
 from gnpractical.d2 import load_config
 from gnpractical.d2.launch import check_processes, launch
 from gnpractical.d2.trainer import Trainer, adapt_to_device
-
-HEADLINES = {"bbox": "AP", "segm": "AP", "sem_seg": "mIoU", "panoptic_seg": "PQ"}
+from gnpractical.runs.output_dir import check_output_dir
 
 
 def read_config(args):
@@ -33,27 +31,10 @@ def main(args, cfg):
         results = Trainer.evaluate(cfg, resume=args.resume)
         if comm.is_main_process():
             verify_results(cfg, results)
-    else:
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
-        trainer.train()
-        results = trainer.last_results
-    if comm.is_main_process():
-        print_headlines(cfg, results)
-    return results
-
-
-def print_headlines(cfg, results):
-    scores = [
-        f"{task} {key} {results[task][key]:.1f}"
-        for task, key in HEADLINES.items()
-        if key in results.get(task, {})
-    ]
-    if scores:
-        print(
-            f"{', '.join(scores)}. Group counts: {cfg.OUTPUT_DIR}/groups.json. "
-            f"Predictions: {cfg.OUTPUT_DIR}/inference/predictions.png"
-        )
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
 
 
 def parse_args():

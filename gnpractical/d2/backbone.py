@@ -1,4 +1,4 @@
-"""Detectron2's ResNet backbones with ``MODEL.GNP.NORM`` in every layer, depths 18 to 152."""
+"""Detectron2's ResNet backbones for GroupNorm in every layer, depths 18 to 152."""
 
 from __future__ import annotations
 
@@ -7,20 +7,31 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
+from gnpractical.d2.norm import is_group_norm
+
 
 @BACKBONE_REGISTRY.register()
 def build_gnp_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """``build_resnet_backbone`` with the norm ``MODEL.GNP.NORM``."""
-    return build_resnet_backbone(_with_gnp_norm(cfg), input_shape)
+    """``build_resnet_backbone``, for a GroupNorm in ``MODEL.RESNETS.NORM``.
+
+    Raises:
+        ValueError: The key names another norm, such as its default, FrozenBN.
+    """
+    _require_group_norm(cfg, "RESNETS")
+    return build_resnet_backbone(cfg, input_shape)
 
 
 @BACKBONE_REGISTRY.register()
 def build_gnp_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """``build_resnet_fpn_backbone`` with the norm ``MODEL.GNP.NORM``, in the FPN too.
+    """``build_resnet_fpn_backbone``, for GroupNorms in ``MODEL.RESNETS.NORM`` and ``FPN.NORM``.
 
-    ``MODEL.FPN.IN_FEATURES`` may end before res5; the level pooled from the last one moves with it.
+    Other than there, ``MODEL.FPN.IN_FEATURES`` may end before res5: the level that is pooled from
+    the last one moves with it.
+
+    Raises:
+        ValueError: One of the keys names another norm.
     """
-    cfg = _with_gnp_norm(cfg)
+    _require_group_norm(cfg, "RESNETS", "FPN")
     top_block = LastLevelMaxPool()  # it expects p5; the levels are named after the stages
     top_block.in_feature = cfg.MODEL.FPN.IN_FEATURES[-1].replace("res", "p")
     return FPN(
@@ -33,18 +44,12 @@ def build_gnp_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backb
     )
 
 
-def _with_gnp_norm(cfg: CfgNode) -> CfgNode:
-    if "GNP" not in cfg.MODEL:
-        raise ValueError(
-            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} needs the MODEL.GNP keys: call "
-            f"gnpractical.d2.add_gnp_config(cfg) before the config file is merged."
-        )
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.RESNETS.NORM = cfg.MODEL.FPN.NORM = cfg.MODEL.GNP.NORM
-    # GroupNorm backbones, ours and Detectron2's model zoo's, stride in the 3x3 convolution.
-    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
-    if cfg.MODEL.RESNETS.DEPTH in (18, 34):
-        # The one width Detectron2 allows there; its default is that of the deeper ones.
-        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
-    return cfg
+def _require_group_norm(cfg: CfgNode, *sections: str) -> None:
+    # The config is taken at its word, so that the config.yaml of a run describes its model.
+    for section in sections:
+        norm = cfg.MODEL[section].NORM
+        if not is_group_norm(norm):
+            raise ValueError(
+                f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME} needs a GroupNorm in "
+                f"MODEL.{section}.NORM, got {norm!r}: set MODEL.{section}.NORM GN_PRACTICAL"
+            )

@@ -8,9 +8,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from gnpractical.analysis.checkpointer import GroupCheckpointer
-from gnpractical.analysis.group_record import Record, group_record
-from gnpractical.d2.array_pickle import load_arrays
+from gnpractical.runs.array_pickle import load_arrays
+from gnpractical.runs.checkpointer import GroupCheckpointer
+from gnpractical.runs.group_record import GroupRecord, group_record
 
 # Which config key chooses the norms under a module path.
 _NORM_KEYS = {
@@ -32,31 +32,13 @@ class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
 
     Args:
         mismatch: what other group counts in a loaded file do: "error", "warn" or "ignore".
-        gnp_backbone: the backbone's norm comes from MODEL.GNP.NORM (for the error's advice).
     """
-
-    def __init__(
-        self, model: nn.Module, save_dir: str = "", *, gnp_backbone: bool = False, **kwargs: Any
-    ) -> None:
-        super().__init__(model, save_dir, **kwargs)
-        self._gnp_backbone = gnp_backbone
 
     @classmethod
     def from_config(cls, cfg, model: nn.Module, **kwargs: Any) -> GNPCheckpointer:
         """The checkpointer that ``cfg`` asks for, saving to its OUTPUT_DIR."""
-        return cls(
-            model,
-            cfg.OUTPUT_DIR,
-            mismatch=cfg.MODEL.GNP.CHECKPOINT_MISMATCH,
-            gnp_backbone="gnp" in cfg.MODEL.BACKBONE.NAME,
-            **kwargs,
-        )
-
-    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        try:
-            return super().load(path, *args, **kwargs)
-        finally:
-            self._parsed_url_during_load = None  # the base class leaves it set after an error
+        mismatch = cfg.MODEL.GNP.CHECKPOINT_MISMATCH
+        return cls(model, cfg.OUTPUT_DIR, mismatch=mismatch, **kwargs)
 
     def _read(self, filename: str) -> dict[str, Any]:
         """As Detectron2's ``_load_file``, whose pickles and .pyth files could run code."""
@@ -74,13 +56,13 @@ class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
             return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
         return DetectionCheckpointer._load_file(self, filename)
 
-    def advice(self, differing: list[str], record: Record) -> str:
+    def advice(self, differing: list[str], record: GroupRecord) -> str:
         return (
             f"To match the file: {self._overrides(differing, record)}. To load it all the same: "
             f"MODEL.GNP.CHECKPOINT_MISMATCH warn"
         )
 
-    def _overrides(self, differing: list[str], record: Record) -> str:
+    def _overrides(self, differing: list[str], record: GroupRecord) -> str:
         mine = group_record(self.model)
         wanted: dict[str, set[str]] = {}
         standardized = set()
@@ -88,8 +70,6 @@ class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
             prefix = next((p for p in _NORM_KEYS if name.startswith(p)), None)
             if record[name]["num_groups"] != mine[name]["num_groups"]:
                 key = _NORM_KEYS.get(prefix or "", "the norm of " + name.rpartition(".")[0])
-                if self._gnp_backbone and name.startswith("backbone"):
-                    key = "MODEL.GNP.NORM"
                 wanted.setdefault(key, set()).add(record[name]["norm"])
             if record[name]["weight_standardized"] != mine[name]["weight_standardized"]:
                 part = "backbone" if name.startswith("backbone") else prefix or name.split(".")[0]
@@ -103,4 +83,3 @@ class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
             for top, on in sorted(standardized)
         ]
         return ", ".join(parts)
-

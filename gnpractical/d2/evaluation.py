@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 from collections import OrderedDict
 from typing import Any
@@ -16,7 +15,6 @@ from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
     COCOEvaluator,
-    COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
     LVISEvaluator,
@@ -24,12 +22,9 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 from detectron2.utils import comm
-from PIL import Image
 
 from gnpractical.datasets.panoptic_evaluation import evaluate_panoptic, panoptic_prediction
-from gnpractical.datasets.pictures import draw_boxes, draw_segments, tile
-
-logger = logging.getLogger(__name__)
+from gnpractical.datasets.pictures import PictureGrid, draw_boxes, draw_segments
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str | None = None):
@@ -68,8 +63,17 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str | None = No
     return DatasetEvaluators(evaluators)
 
 
-class PanopticEvaluator(COCOPanopticEvaluator):
-    """Detectron2's panoptic evaluator with our scorer, so that ``panopticapi`` is not needed."""
+class PanopticEvaluator(DatasetEvaluator):
+    """Panoptic quality of what Detectron2's panoptic models predict, without ``panopticapi``."""
+
+    def __init__(self, dataset_name: str, output_dir: str) -> None:
+        self._metadata = MetadataCatalog.get(dataset_name)
+        self._output_dir = output_dir
+        os.makedirs(output_dir, exist_ok=True)
+        self.reset()
+
+    def reset(self) -> None:
+        self._predictions: list[dict[str, Any]] = []
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         for input, output in zip(inputs, outputs, strict=True):
@@ -78,30 +82,39 @@ class PanopticEvaluator(COCOPanopticEvaluator):
             if segments is None:  # ids are category * label_divisor + instance, -1 is void
                 segments = self._segments_of_labels(ids)
                 ids = ids + 1
-            segments = [self._convert_category_id(dict(s)) for s in segments]
+            segments = [{"id": s["id"], "category_id": self._dataset_id(s)} for s in segments]
             self._predictions.append(panoptic_prediction(input["image_id"], ids, segments))
 
     def _segments_of_labels(self, labels: np.ndarray) -> list[dict[str, Any]]:
-        things = set(self._metadata.thing_dataset_id_to_contiguous_id.values())
+        things = self._metadata.thing_dataset_id_to_contiguous_id.values()
+        divisor = self._metadata.label_divisor
         return [
             {
                 "id": int(label) + 1,
-                "category_id": int(label) // self._metadata.label_divisor,
-                "isthing": int(label) // self._metadata.label_divisor in things,
+                "category_id": int(label) // divisor,
+                "isthing": int(label) // divisor in things,
             }
             for label in np.unique(labels)
             if label >= 0
         ]
+
+    def _dataset_id(self, segment: dict[str, Any]) -> int:
+        """The category id of a segment in the data set; the model counts from 0."""
+        if "isthing" not in segment:  # the model gives the data set's ids itself
+            return segment["category_id"]
+        kind = "thing" if segment["isthing"] else "stuff"
+        contiguous = self._metadata.get(f"{kind}_dataset_id_to_contiguous_id")
+        return {number: id for id, number in contiguous.items()}[segment["category_id"]]
 
     def evaluate(self) -> OrderedDict | None:
         comm.synchronize()
         predictions = list(itertools.chain(*comm.gather(self._predictions)))
         if not comm.is_main_process():
             return None
+        metadata = self._metadata
         scores = evaluate_panoptic(
-            predictions, self._metadata.panoptic_json, self._metadata.panoptic_root,
-            self._output_dir,
-        )  # fmt: skip
+            predictions, metadata.panoptic_json, metadata.panoptic_root, self._output_dir
+        )
         return OrderedDict(panoptic_seg=scores)
 
 
@@ -114,15 +127,13 @@ class PredictionGrid(DatasetEvaluator):
         self.reset()
 
     def reset(self) -> None:
-        self._tiles: list[np.ndarray] = []
+        self._grid = PictureGrid(self._num_images)
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
-        if not comm.is_main_process():
-            return
         for input, output in zip(inputs, outputs, strict=True):
-            if len(self._tiles) < self._num_images:
+            if comm.is_main_process() and not self._grid.full:
                 image = read_image(input["file_name"], "RGB")
-                self._tiles.append(np.concatenate([image, self._draw(image, output)], axis=1))
+                self._grid.add(image, self._draw(image, output))
 
     def _draw(self, image: np.ndarray, output: dict) -> np.ndarray:
         things, stuff = self._metadata.get("thing_classes", []), self._metadata.get("stuff_classes")
@@ -138,16 +149,16 @@ class PredictionGrid(DatasetEvaluator):
         if "instances" in output:
             found = output["instances"].to("cpu")
             return draw_boxes(
-                image, found.pred_boxes.tensor.tolist(), found.pred_classes.tolist(),
-                found.scores.tolist(), things,
-            )  # fmt: skip
+                image,
+                found.pred_boxes.tensor.tolist(),
+                found.pred_classes.tolist(),
+                found.scores.tolist(),
+                things,
+            )
         if "sem_seg" in output:
             classes = output["sem_seg"].argmax(dim=0).cpu().numpy()
             return draw_segments(image, classes, [(c, c, stuff[c]) for c in np.unique(classes)])
         return image
 
     def evaluate(self) -> None:
-        if self._tiles:
-            os.makedirs(os.path.dirname(self._path), exist_ok=True)
-            Image.fromarray(tile(self._tiles)).save(self._path)
-            logger.info("Predictions, each beside its image: %s", self._path)
+        self._grid.save(self._path)

@@ -13,6 +13,8 @@ from detectron2.config import CfgNode
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 
+from gnpractical.runs.torchrun import join_torchrun, under_torchrun
+
 Main = Callable[[argparse.Namespace, CfgNode], Any]
 
 
@@ -24,8 +26,14 @@ def launch(main: Main, args: argparse.Namespace, cfg: CfgNode) -> Any:
     Args:
         args: of ``detectron2.engine.default_argument_parser``.
     """
-    if _under_torchrun():
-        return _join_torchrun(main, args, cfg)
+    if under_torchrun():
+        join_torchrun(torch.cuda.is_available())
+        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        comm.synchronize()
+        results = _share_cores(main, args, cfg)
+        # Only after success: the others may never come to tear down, and torchrun ends them.
+        dist.destroy_process_group()
+        return results
     return detectron2_launch(
         _share_cores,
         args.num_gpus,
@@ -38,7 +46,7 @@ def launch(main: Main, args: argparse.Namespace, cfg: CfgNode) -> Any:
 
 def check_processes(args: argparse.Namespace) -> None:
     """ValueError for more processes than GPUs, or several machines without an address."""
-    if _under_torchrun():
+    if under_torchrun():
         return
     gpus = torch.cuda.device_count()
     if gpus and args.num_gpus > gpus:
@@ -48,24 +56,6 @@ def check_processes(args: argparse.Namespace) -> None:
             "--num-machines needs --dist-url tcp://<address of machine 0>:<free port>, the same "
             "on every machine"
         )
-
-
-def _under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def _join_torchrun(main: Main, args: argparse.Namespace, cfg: CfgNode) -> Any:
-    on_gpu = torch.cuda.is_available()
-    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    if on_gpu:
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if on_gpu else "gloo")  # addresses from the environment
-    comm.create_local_process_group(local_size)
-    comm.synchronize()
-    results = _share_cores(main, args, cfg)
-    # Only after success: the others may never come to tear down, and torchrun ends them.
-    dist.destroy_process_group()
-    return results
 
 
 def _share_cores(main: Main, args: argparse.Namespace, cfg: CfgNode) -> Any:

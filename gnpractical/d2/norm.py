@@ -2,85 +2,81 @@
 
 from __future__ import annotations
 
-import types
+import functools
+from collections.abc import Callable
 
 from detectron2.config import CfgNode
 from detectron2.layers import batch_norm
 from torch import nn
 
+from gnpractical.d2.rebind import rebind
 from gnpractical.layers.group_norm import group_norm_from_name, unknown_norm_message
 
 DETECTRON2_NORM_NAMES = [
-    "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N"
-]  # fmt: skip
+    "BN",
+    "SyncBN",
+    "FrozenBN",
+    "GN",
+    "LN",
+    "nnSyncBN",
+    "naiveSyncBN",
+    "naiveSyncBN_N",
+]
 
 
-def extend(function: types.FunctionType, replacement: types.FunctionType) -> types.FunctionType:
-    """Make ``function`` run ``replacement``'s code, for everyone who already holds it.
+def _extended(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def get_norm(norm, out_channels: int) -> nn.Module | None:
+        """Detectron2's ``get_norm``, which knows the norms of gnpractical, too.
 
-    ``get_norm`` is imported by name into a dozen of Detectron2's modules and into users' own, so
-    rebinding one name reaches too few callers, and modules imported later are missed by a sweep.
-    The function object is the one thing all of them share. ``replacement`` must not close over
-    anything and must import what it needs, since it runs with ``function``'s globals.
+        Raises:
+            ValueError: The name is unknown; the message lists the valid ones.
+        """
+        if isinstance(norm, str) and norm:
+            ours = group_norm_from_name(norm, out_channels)
+            if ours is not None:
+                return ours
+            if norm not in DETECTRON2_NORM_NAMES:
+                raise ValueError(
+                    f"{unknown_norm_message(norm, DETECTRON2_NORM_NAMES)} '' is none. It comes "
+                    f"from one of the config's NORM keys, such as MODEL.RESNETS.NORM, "
+                    f"MODEL.FPN.NORM or MODEL.SEM_SEG_HEAD.NORM."
+                )
+        return original(norm, out_channels)
 
-    Returns:
-        The original behaviour as a separate function. Extending twice changes nothing.
-    """
-    if not hasattr(function, "_gnp_original"):
-        original = types.FunctionType(
-            function.__code__, function.__globals__, function.__name__, function.__defaults__
-        )
-        function._gnp_original = original  # type: ignore[attr-defined]
-        function.__code__ = replacement.__code__
-    return function._gnp_original  # type: ignore[attr-defined]
-
-
-def build_norm(norm, out_channels: int) -> nn.Module | None:
-    """What ``get_norm(norm, out_channels)`` returns once ``gnpractical.d2`` is imported.
-
-    Raises:
-        ValueError: unknown name; the message lists the valid ones.
-    """
-    if isinstance(norm, str) and norm:
-        ours = group_norm_from_name(norm, out_channels)
-        if ours is not None:
-            return ours
-        if norm not in DETECTRON2_NORM_NAMES:
-            raise ValueError(
-                f"{unknown_norm_message(norm, DETECTRON2_NORM_NAMES)} '' is none. It comes from "
-                f"one of the config's NORM keys, such as MODEL.RESNETS.NORM, MODEL.FPN.NORM or "
-                f"MODEL.SEM_SEG_HEAD.NORM."
-            )
-    return _detectron2_get_norm(norm, out_channels)
+    return get_norm
 
 
-def check_norm_names(cfg: CfgNode, prefix: str = "") -> None:
-    """Raise ValueError, naming the config key, if a ``NORM`` of ``cfg`` is unknown."""
+get_norm = _extended(batch_norm.get_norm)
+rebind(get_norm.__wrapped__, get_norm)  # type: ignore[attr-defined]
+
+
+def is_group_norm(norm: object) -> bool:
+    """Whether a config string names a GroupNorm, Detectron2's or one of ours."""
+    return isinstance(norm, str) and (
+        norm == "GN" or group_norm_from_name(norm, num_channels=1) is not None
+    )
+
+
+def norm_keys(cfg: CfgNode, prefix: str = "") -> dict[str, str]:
+    """The keys of ``cfg`` that choose a norm by its name, with these names."""
+    keys = {}
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
-            check_norm_names(value, f"{prefix}{key}.")
+            keys |= norm_keys(value, f"{prefix}{key}.")
         elif key == "NORM" and isinstance(value, str) and value:
-            if value not in DETECTRON2_NORM_NAMES and group_norm_from_name(value, 1) is None:
-                message = unknown_norm_message(value, DETECTRON2_NORM_NAMES)
-                raise ValueError(f"{prefix}{key}: {message} '' is none.")
-
-
-def group_norm_keys(cfg: CfgNode, prefix: str = "") -> list[str]:
-    """The keys of ``cfg`` that choose a GroupNorm, Detectron2's or one of ours."""
-    keys = []
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            keys += group_norm_keys(value, f"{prefix}{key}.")
-        elif key == "NORM" and isinstance(value, str):
-            if value == "GN" or group_norm_from_name(value, 1) is not None:
-                keys.append(prefix + key)
+            keys[prefix + key] = value
     return keys
 
 
-def _get_norm(norm, out_channels):
-    from gnpractical.d2.norm import build_norm
+def check_norm_names(cfg: CfgNode) -> None:
+    """Raise ValueError, naming the config key, if a ``NORM`` of ``cfg`` is unknown."""
+    for key, norm in norm_keys(cfg).items():
+        if norm not in DETECTRON2_NORM_NAMES and not is_group_norm(norm):
+            message = unknown_norm_message(norm, DETECTRON2_NORM_NAMES)
+            raise ValueError(f"{key}: {message} '' is none.")
 
-    return build_norm(norm, out_channels)
 
-
-_detectron2_get_norm = extend(batch_norm.get_norm, _get_norm)
+def group_norm_keys(cfg: CfgNode) -> list[str]:
+    """The keys of ``cfg`` that choose a GroupNorm."""
+    return [key for key, norm in norm_keys(cfg).items() if is_group_norm(norm)]

@@ -5,30 +5,39 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import random
 import weakref
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
+from detectron2.engine import (
+    AMPTrainer,
+    DefaultTrainer,
+    HookBase,
+    SimpleTrainer,
+    create_ddp_model,
+)
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from gnpractical.analysis.calibration import measured_norms
-from gnpractical.analysis.distributed_calibration import calibrate_measured
-from gnpractical.analysis.output_dir import check_disk_space, write_group_report
 from gnpractical.d2.checkpoint import GNPCheckpointer
 from gnpractical.d2.evaluation import build_evaluator
 from gnpractical.d2.preflight import check_datasets
 from gnpractical.d2.probe import GradientProbe
 from gnpractical.layers.pairing import require_resolved
-from gnpractical.layers.weight_standardization import standardized_once
+from gnpractical.measure.calibration import measured_norms
+from gnpractical.runs.calibrate_measured import calibrate_measured
+from gnpractical.runs.output_dir import check_disk_space, write_group_report
 
 logger = logging.getLogger(__name__)
+
+# The score of each task that is logged at the end of an evaluation.
+HEADLINES = {"bbox": "AP", "segm": "AP", "sem_seg": "mIoU", "panoptic_seg": "PQ"}
 
 
 class Trainer(DefaultTrainer):
@@ -44,13 +53,14 @@ class Trainer(DefaultTrainer):
     * when the loss is no longer finite, names the last good checkpoint.
 
     Raises:
-        ValueError: norms without a group count, data sets missing or wrong.
-        OSError: too little disk space.
+        ValueError: Norms have no group count, or data sets are missing or wrong.
+        OSError: There is too little disk space.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer's own __init__ cannot be extended: it wraps the model for GPUs only and
-        # names its checkpointer. The order of the objects is the one it prescribes.
+        # names its checkpointer. The order of the objects is the one it prescribes, and _trainer
+        # is where its other methods expect the inner trainer.
         TrainerBase.__init__(self)
         _log_to(cfg.OUTPUT_DIR)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
@@ -77,28 +87,35 @@ class Trainer(DefaultTrainer):
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 
+    def build_hooks(self) -> list[HookBase | None]:
+        hooks = super().build_hooks()
+        period = self.cfg.MODEL.GNP.PROBE_PERIOD
+        if period:
+            # After the timer, before the writers, which write what other hooks have put.
+            probe = GradientProbe(self.checkpointer.model, lambda: self.extra_batches(1), period)
+            hooks.insert(1, probe)
+        return hooks
+
     def train(self) -> Any:
-        model = self._trainer.model
-        model = model.module if isinstance(model, DistributedDataParallel) else model
-        if measured_norms(model):
-            batches = self.first_batches(self.cfg.MODEL.GNP.CALIBRATION_BATCHES)
+        model = self.checkpointer.model  # not wrapped for DDP
+        if any(norm.num_groups is None for norm in measured_norms(model).values()):
+            batches = self.extra_batches(self.cfg.MODEL.GNP.CALIBRATION_BATCHES)
             with EventStorage():  # the model's own scalars are not training's
                 calibrate_measured(model, batches)
         if comm.is_main_process():
             write_group_report(model, self.cfg.OUTPUT_DIR)
-        if self.cfg.MODEL.GNP.PROBE_PERIOD:
-            probe = GradientProbe(model, self.first_batches(1), self.cfg.MODEL.GNP.PROBE_PERIOD)
-            self.register_hooks([probe])
-            # After the timer, before the writers, which write what other hooks have put.
-            self._hooks.insert(1, self._hooks.pop())
         return super().train()
 
-    def first_batches(self, count: int) -> list[Any]:
-        """The next ``count`` batches of training, which will still get them."""
-        batches = list(itertools.islice(self._trainer._data_loader_iter, count))
-        self._trainer._data_loader_iter_obj = itertools.chain(
-            batches, self._trainer._data_loader_iter
-        )
+    def extra_batches(self, count: int) -> list[Any]:
+        """Training batches from a loader of their own, so that training goes on as without."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0
+        python_random, numpy_random = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng(devices=[]):
+            batches = list(itertools.islice(iter(self.build_train_loader(cfg)), count))
+        random.setstate(python_random)
+        np.random.set_state(numpy_random)
         return batches
 
     def run_step(self) -> None:
@@ -109,11 +126,6 @@ class Trainer(DefaultTrainer):
                 f"{e}\n{self.checkpointer.last_good()} Try a lower SOLVER.BASE_LR, a longer "
                 f"SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS.ENABLED True."
             ) from e
-
-    @property
-    def last_results(self) -> dict:
-        """Results of the last evaluation, {} before the first and on all ranks but 0."""
-        return getattr(self, "_last_eval_results", None) or {}
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -127,8 +139,18 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict:
-        with standardized_once(model):
-            return super().test(cfg, model, evaluators)
+        results = super().test(cfg, model, evaluators)
+        scores = [
+            f"{task} {key} {results[task][key]:.1f}"
+            for task, key in HEADLINES.items()
+            if key in results.get(task, {})
+        ]
+        if scores:  # on the main process
+            logger.info(
+                "%s. Group counts: %s/groups.json. Predictions: %s/inference/predictions.png",
+                *(", ".join(scores), cfg.OUTPUT_DIR, cfg.OUTPUT_DIR),
+            )
+        return results
 
     @classmethod
     def evaluate(cls, cfg: CfgNode, *, resume: bool) -> dict:

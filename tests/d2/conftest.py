@@ -5,11 +5,27 @@ import pytest
 QUICK = Path(__file__).parents[2] / "configs" / "quick"
 FEW = {"train": 8, "val": 4}
 TINY = [
-    "MODEL.DEVICE", "cpu", "MODEL.FPN.OUT_CHANNELS", "16", "INPUT.MIN_SIZE_TRAIN", "(64,)",
-    "INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2", "SOLVER.MAX_ITER", "3",
-    "SOLVER.BASE_LR", "0.001", "SOLVER.WARMUP_ITERS", "1", "DATALOADER.NUM_WORKERS", "0",
-    "SOLVER.CHECKPOINT_PERIOD", "1",
-]  # fmt: skip
+    "MODEL.DEVICE",
+    "cpu",
+    "MODEL.FPN.OUT_CHANNELS",
+    "16",
+    "INPUT.MIN_SIZE_TRAIN",
+    "(64,)",
+    "INPUT.MIN_SIZE_TEST",
+    "64",
+    "SOLVER.IMS_PER_BATCH",
+    "2",
+    "SOLVER.MAX_ITER",
+    "3",
+    "SOLVER.BASE_LR",
+    "0.001",
+    "SOLVER.WARMUP_ITERS",
+    "1",
+    "DATALOADER.NUM_WORKERS",
+    "0",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "1",
+]
 
 
 @pytest.fixture(scope="session")
@@ -47,8 +63,6 @@ def tiny_cfg(tmp_path, few_shapes):
     from gnpractical.d2 import load_config
 
     def make(*opts, config="pfpn_gnp_shapes.yaml"):
-        return load_config(
-            str(QUICK / config), [*TINY, "OUTPUT_DIR", str(tmp_path / "out"), *opts]
-        )  # fmt: skip
+        return load_config(str(QUICK / config), [*TINY, "OUTPUT_DIR", str(tmp_path / "out"), *opts])
 
     return make

@@ -49,7 +49,7 @@ def test_rows_differ_in_their_norms_only():
         dumps = set()
         for k in ("gnp", "gn32", "gn1"):
             cfg = load_config(str(CONFIGS / base.format(k)))
-            for section in ("GNP", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD"):
+            for section in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD"):
                 cfg.MODEL[section].NORM = ""
             cfg.OUTPUT_DIR = ""
             dumps.add(cfg.dump())
@@ -62,6 +62,9 @@ def test_published_panoptic_fpn_has_group_norm_in_the_semantic_branch_only():
     assert sorted(r.num_groups for r in rows) == [1, 1, 1, 32, 32, 32, 32]
 
 
+GROUP_NORMS = ["MODEL.RESNETS.NORM", "GN_PRACTICAL", "MODEL.FPN.NORM", "GN_CLOSEST"]
+
+
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
 @pytest.mark.parametrize("name", ["build_gnp_resnet_backbone", "build_gnp_resnet_fpn_backbone"])
 def test_registered_backbones(name, depth):
@@ -69,23 +72,44 @@ def test_registered_backbones(name, depth):
         pytest.skip("as slow to build as it is alike to 101")
     from detectron2.modeling import build_backbone
 
-    cfg = load_config("", ["MODEL.RESNETS.DEPTH", str(depth), "MODEL.BACKBONE.NAME", name])
+    options = ["MODEL.RESNETS.DEPTH", str(depth), "MODEL.BACKBONE.NAME", name, *GROUP_NORMS]
+    cfg = load_config("", options)
     cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    if depth < 50:
+        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
     rows = group_report(build_backbone(cfg))
     blocks = {18: 8 * 2, 34: 16 * 2, 50: 16 * 3, 101: 33 * 3, 152: 50 * 3}[depth]
     shortcuts = 3 if depth < 50 else 4
-    assert len(rows) == 1 + blocks + shortcuts + 8 * ("fpn" in name)
-    assert {r.norm for r in rows} == {"GN_PRACTICAL"}
+    norms = [row.norm for row in rows]
+    assert norms.count("GN_PRACTICAL") == 1 + blocks + shortcuts
+    assert norms.count("GN_CLOSEST") == 8 * ("fpn" in name)
 
 
-def test_gnp_backbone_without_the_keys_says_what_to_call():
-    from detectron2.config import get_cfg
-    from detectron2.modeling import build_backbone
+def test_backbones_do_what_the_config_says_and_leave_it(tiny_cfg):
+    opts = ["MODEL.RESNETS.NORM", "GN_4", "MODEL.FPN.NORM", "GN_8"]
+    opts += ["MODEL.RESNETS.STRIDE_IN_1X1", "True"]
+    cfg = tiny_cfg(*opts)
+    before = cfg.dump()
+    model = build_model(cfg)
+    assert cfg.dump() == before
+    norms = {row.name: row.num_groups for row in group_report(model.backbone)}
+    for name, num_groups in norms.items():
+        assert num_groups == (8 if name.startswith("fpn") else 4), name
 
-    cfg = get_cfg()
-    cfg.MODEL.BACKBONE.NAME = "build_gnp_resnet_backbone"
-    with pytest.raises(ValueError, match=r"add_gnp_config\(cfg\)"):
-        build_backbone(cfg)
+
+@pytest.mark.parametrize("section", ["RESNETS", "FPN"])
+@pytest.mark.parametrize("norm", ["FrozenBN", ""])
+def test_gnp_backbones_say_which_key_needs_a_group_norm(tiny_cfg, section, norm):
+    with pytest.raises(ValueError, match=rf"MODEL\.{section}\.NORM, got '{norm}': set MODEL"):
+        build_model(tiny_cfg(f"MODEL.{section}.NORM", norm))
+
+
+def test_the_key_that_was_renamed(tmp_path):
+    for message in (
+        error_of("", ["MODEL.GNP.NORM", "GN_1"]),
+        error_of(write(tmp_path, "MODEL:\n  GNP:\n    NORM: GN_1\n")),
+    ):
+        assert "MODEL.RESNETS.NORM" in message and "MODEL.FPN.NORM" in message
 
 
 def write(tmp_path, text):
@@ -112,7 +136,7 @@ def test_missing_base_file(tmp_path):
 def test_unknown_key_names_the_nearest_and_the_file(tmp_path):
     message = error_of(write(tmp_path, "MODEL:\n  SEM_SEG_HEAD:\n    NROM: GN\n"))
     assert "my.yaml" in message
-    assert "unknown config key MODEL.SEM_SEG_HEAD.NROM" in message
+    assert "Non-existent config key: MODEL.SEM_SEG_HEAD.NROM" in message
     assert "nearest valid key is MODEL.SEM_SEG_HEAD.NORM" in message
 
 
@@ -134,7 +158,7 @@ def test_malformed_yaml(tmp_path):
 
 
 def test_sections_without_keys_loops_and_devices(tmp_path):
-    assert "my.yaml: a section" in error_of(write(tmp_path, "MODEL: 3\n"))
+    assert "my.yaml: config keys must be in mappings" in error_of(write(tmp_path, "MODEL: 3\n"))
     assert "leads back to itself" in error_of(write(tmp_path, '_BASE_: "my.yaml"\n'))
     assert "MODEL.DEVICE must be a device" in error_of("", ["MODEL.DEVICE", "gpu"])
     assert "test-time augmentation" in error_of("", ["TEST.AUG.ENABLED", "True"])

@@ -22,8 +22,11 @@ def test_evaluators_fit_data_set_and_model(tmp_path, monkeypatch, few_shapes):
     cfg = get_cfg()
     cfg.MODEL.META_ARCHITECTURE = "PanopticFPN"
     assert kinds(cfg, "gnp_shapes_val") == [
-        "SemSegEvaluator", "COCOEvaluator", "PanopticEvaluator", "PredictionGrid"
-    ]  # fmt: skip
+        "SemSegEvaluator",
+        "COCOEvaluator",
+        "PanopticEvaluator",
+        "PredictionGrid",
+    ]
     cfg.MODEL.META_ARCHITECTURE = "GeneralizedRCNN"
     assert kinds(cfg, "gnp_shapes_val") == ["COCOEvaluator", "PredictionGrid"]
 
@@ -76,21 +79,20 @@ def test_ground_truth_scores_100(tmp_path, few_shapes):
 
 def test_models_that_give_labels_instead_of_segments(tmp_path, few_shapes):
     """Panoptic-DeepLab: segments_info None, ids are category * label_divisor + instance."""
-    metadata = MetadataCatalog.get("gnp_shapes_val")
-    metadata.label_divisor = 1000
     # In that form category ids are one contiguous range; gnp_shapes' own ids are one already.
-    metadata_ids = {i: i for i in range(1, 5)}
-    evaluator = PanopticEvaluator("gnp_shapes_val", str(tmp_path))
-    evaluator.reset()
-    evaluator._thing_contiguous_id_to_dataset_id = metadata_ids
-    evaluator._stuff_contiguous_id_to_dataset_id = {i: i for i in range(5, 9)}
+    shapes = MetadataCatalog.get("gnp_shapes_val")
+    MetadataCatalog.get("labelled").set(
+        label_divisor=1000,
+        thing_dataset_id_to_contiguous_id={i: i for i in range(1, 5)},
+        stuff_dataset_id_to_contiguous_id={i: i for i in range(5, 9)},
+        panoptic_json=shapes.panoptic_json,
+        panoptic_root=shapes.panoptic_root,
+    )
+    evaluator = PanopticEvaluator("labelled", str(tmp_path))
     for record, output in ground_truth_as_predictions("gnp_shapes_val", label_divisor=1000):
-        evaluator._metadata = type("M", (), {
-            "label_divisor": 1000, "thing_dataset_id_to_contiguous_id": metadata_ids,
-            "panoptic_json": metadata.panoptic_json, "panoptic_root": metadata.panoptic_root,
-        })  # fmt: skip
         evaluator.process([record], [output])
     assert evaluator.evaluate()["panoptic_seg"]["PQ"] == pytest.approx(100)
+    MetadataCatalog.remove("labelled")
 
 
 def test_grid_of_panoptic_predictions(tmp_path, few_shapes):

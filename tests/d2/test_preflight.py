@@ -76,17 +76,26 @@ def test_missing_semantic_pngs_name_the_command(tiny_cfg, own_copy):
     "kind, change, expected",
     [
         ("instances", lambda d: d["annotations"][0].update(category_id=99), "unknown category: 1"),
-        ("instances", lambda d: [a.update(bbox=[900, 0, 5, 5]) for a in d["annotations"]],
-         "box outside"),
-        ("instances", lambda d: [a.update(segmentation=[[1, 2]]) for a in d["annotations"]],
-         "empty mask"),
+        (
+            "instances",
+            lambda d: [a.update(bbox=[900, 0, 5, 5]) for a in d["annotations"]],
+            "box outside",
+        ),
+        (
+            "instances",
+            lambda d: [a.update(segmentation=[[1, 2]]) for a in d["annotations"]],
+            "empty mask",
+        ),
         ("instances", lambda d: d.pop("categories"), "the JSON has no 'categories'"),
         ("instances", lambda d: d["images"][0].update(file_name="gone.jpg"), "gone.jpg"),
         ("panoptic", lambda d: d["annotations"][0].update(image_id=12345), "image id without"),
-        ("panoptic", lambda d: d["annotations"][0]["segments_info"][0].update(category_id=99),
-         "segment of an unknown category: 1"),
+        (
+            "panoptic",
+            lambda d: d["annotations"][0]["segments_info"][0].update(category_id=99),
+            "segment of an unknown category: 1",
+        ),
     ],
-)  # fmt: skip
+)
 def test_annotations_that_would_train_wrongly(tiny_cfg, own_copy, kind, change, expected):
     spoil(own_copy, kind, change)
     text = message(tiny_cfg())

@@ -8,15 +8,19 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 import torch
 from detectron2.utils.events import EventStorage
 
-from gnpractical.analysis.calibration import measured_norms
-from gnpractical.analysis.distributed_calibration import calibrate_measured
-from gnpractical.analysis.group_record import GroupMismatch
-from gnpractical.analysis.output_dir import check_output_dir
 from gnpractical.d2.checkpoint import GNPCheckpointer
 from gnpractical.d2.norm import group_norm_keys
 from gnpractical.d2.trainer import Trainer
+from gnpractical.measure.calibration import measured_norms
+from gnpractical.runs.calibrate_measured import calibrate_measured
+from gnpractical.runs.group_record import GroupMismatch
+from gnpractical.runs.output_dir import check_output_dir
 
-MEASURED = ["MODEL.GNP.NORM", "GN_MEASURED", "MODEL.SEM_SEG_HEAD.NORM", "GN_MEASURED"]
+MEASURED = [
+    word
+    for section in ("RESNETS", "FPN", "SEM_SEG_HEAD")
+    for word in (f"MODEL.{section}.NORM", "GN_MEASURED")
+]
 
 
 def trained(cfg, resume=False):
@@ -54,7 +58,7 @@ def test_measured_is_calibrated_once_and_kept(tiny_cfg, monkeypatch):
     assert "K, measured" in log_of(cfg)
 
     # Neither a resumed run nor evaluation measures again: nothing is there to measure with.
-    monkeypatch.setattr("gnpractical.analysis.distributed_calibration.calibrate", None)
+    monkeypatch.setattr("gnpractical.runs.calibrate_measured.calibrate", None)
     cfg = tiny_cfg("SOLVER.MAX_ITER", "4", "DATASETS.TEST", "()", *MEASURED)
     trained(cfg, resume=True)
     assert groups_of(cfg) == groups
@@ -82,7 +86,7 @@ def test_counts_from_a_checkpoint_are_not_measured_again(tiny_cfg):
     norms[first].set_num_groups(norms[first].num_channels)
     trainer = Trainer(tiny_cfg(*MEASURED))
     with EventStorage():
-        calibrate_measured(model, trainer.first_batches(1))
+        calibrate_measured(model, trainer.extra_batches(1))
     assert norms[first].num_groups == norms[first].num_channels
     assert all(norm.num_groups for norm in norms.values())
 
@@ -93,15 +97,24 @@ def test_measured_counts_are_checked_against_other_rules(tiny_cfg, tmp_path):
     for norm in measured_norms(model).values():
         norm.set_num_groups(norm.num_channels)
     GNPCheckpointer(model, str(tmp_path)).save("measured")
-    checkpointer = GNPCheckpointer(Trainer.build_model(tiny_cfg()), gnp_backbone=True)
-    with pytest.raises(GroupMismatch, match="MODEL.GNP.NORM GN_MEASURED"):
+    checkpointer = GNPCheckpointer(Trainer.build_model(tiny_cfg()))
+    with pytest.raises(GroupMismatch, match="MODEL.RESNETS.NORM GN_MEASURED"):
         checkpointer.load(str(tmp_path / "measured.pth"))
 
 
 def test_a_norm_without_gradient_is_warned_of(tiny_cfg):
-    cfg = tiny_cfg("SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()", "MODEL.ROI_MASK_HEAD.NORM",
-                   "GN_MEASURED", "MODEL.ROI_HEADS.IOU_THRESHOLDS", "[0.99999]",
-                   "MODEL.ROI_HEADS.POSITIVE_FRACTION", "0.0")  # fmt: skip
+    cfg = tiny_cfg(
+        "SOLVER.MAX_ITER",
+        "1",
+        "DATASETS.TEST",
+        "()",
+        "MODEL.ROI_MASK_HEAD.NORM",
+        "GN_MEASURED",
+        "MODEL.ROI_HEADS.IOU_THRESHOLDS",
+        "[0.99999]",
+        "MODEL.ROI_HEADS.POSITIVE_FRACTION",
+        "0.0",
+    )
     trained(cfg)
     assert groups_of(cfg)["roi_heads.mask_head.mask_fcn1.norm"] == ("GN_MEASURED", 1)
     assert "1 norms could not be measured" in log_of(cfg)
@@ -110,9 +123,18 @@ def test_a_norm_without_gradient_is_warned_of(tiny_cfg):
 def test_the_probe_writes_and_changes_nothing(tiny_cfg):
     weights = []
     for period in ("0", "2"):
-        cfg = tiny_cfg("SOLVER.MAX_ITER", "4", "DATASETS.TEST", "()", "SEED", "5",
-                       "MODEL.GNP.PROBE_PERIOD", period, "OUTPUT_DIR",
-                       f"{tiny_cfg().OUTPUT_DIR}{period}")  # fmt: skip
+        cfg = tiny_cfg(
+            "SOLVER.MAX_ITER",
+            "4",
+            "DATASETS.TEST",
+            "()",
+            "SEED",
+            "5",
+            "MODEL.GNP.PROBE_PERIOD",
+            period,
+            "OUTPUT_DIR",
+            f"{tiny_cfg().OUTPUT_DIR}{period}",
+        )
         from detectron2.utils.env import seed_all_rng
 
         seed_all_rng(5)
@@ -127,9 +149,9 @@ def test_the_probe_writes_and_changes_nothing(tiny_cfg):
 
 
 def test_keys_that_choose_a_group_norm(tiny_cfg):
-    keys = group_norm_keys(tiny_cfg())
-    assert "MODEL.GNP.NORM" in keys and "MODEL.SEM_SEG_HEAD.NORM" in keys
-    assert "MODEL.RESNETS.NORM" not in keys  # FrozenBN
+    keys = group_norm_keys(tiny_cfg("MODEL.RESNETS.NORM", "FrozenBN"))
+    assert "MODEL.FPN.NORM" in keys and "MODEL.SEM_SEG_HEAD.NORM" in keys
+    assert "MODEL.RESNETS.NORM" not in keys
 
 
 @pytest.mark.parametrize("key, value", [("CALIBRATION_BATCHES", "0"), ("PROBE_PERIOD", "-1")])

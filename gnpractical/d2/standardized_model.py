@@ -1,0 +1,54 @@
+"""``MODEL.GNP.WEIGHT_STANDARDIZATION``, which Detectron2's ``build_model`` applies from now on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from detectron2.config import CfgNode
+from detectron2.layers import Conv2d
+from detectron2.modeling import meta_arch
+from torch import Tensor, nn
+
+from gnpractical.d2.rebind import rebind
+from gnpractical.layers.weight_standardization import (
+    STANDARDIZED,
+    WSConv2d,
+    apply_weight_standardization,
+)
+
+
+class WSDetectronConv2d(WSConv2d, Conv2d):
+    """Detectron2's ``Conv2d`` (with ``norm`` and ``activation``), weight standardized.
+
+    Detectron2's forward convolves with ``self.weight`` itself, past ``WSConv2d``.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._conv_forward(x, self.weight, self.bias)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+
+STANDARDIZED[Conv2d] = WSDetectronConv2d
+
+
+def _extended(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def build_model(cfg: CfgNode) -> nn.Module:
+        model = original(cfg)
+        if "GNP" in cfg.MODEL and cfg.MODEL.GNP.WEIGHT_STANDARDIZATION:
+            try:
+                apply_weight_standardization(model, cfg.MODEL.GNP.WEIGHT_STANDARDIZATION)
+            except ValueError as e:
+                raise ValueError(f"MODEL.GNP.WEIGHT_STANDARDIZATION: {e}") from None
+        return model
+
+    return build_model
+
+
+build_model = _extended(meta_arch.build_model)
+rebind(build_model.__wrapped__, build_model)  # type: ignore[attr-defined]
