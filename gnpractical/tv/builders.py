@@ -128,8 +128,9 @@ def panoptic_fpn_resnet(
     check_width("num_stuff", num_stuff)
     check_width("semantic_channels", semantic_channels)
     if num_stuff >= IGNORE_LABEL:
-        raise ValueError(f"num_stuff must be below {IGNORE_LABEL}, the label of what is ignored; "
-                         f"got {num_stuff}")  # fmt: skip
+        raise ValueError(
+            f"num_stuff must be below {IGNORE_LABEL}, the label of what is ignored; got {num_stuff}"
+        )
     _check_arguments(kwargs, MaskRCNN, PanopticFPN)
     backbone, levels = _backbone(depth, norm, stages, channels)
     kwargs = {

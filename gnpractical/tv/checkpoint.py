@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from gnpractical.analysis.checkpointer import GroupCheckpointer
-from gnpractical.analysis.group_record import Record
+from gnpractical.runs.checkpointer import GroupCheckpointer
+from gnpractical.runs.group_record import GroupRecord
 from gnpractical.tv.distributed import check_same
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ class TorchvisionCheckpointer(GroupCheckpointer):
 
     _whole = False  # whether every parameter must be in the file
 
-    def advice(self, differing: list[str], record: Record) -> str:
+    def advice(self, differing: list[str], record: GroupRecord) -> str:
         norms = sorted({record[name]["norm"] for name in differing})
         standardized = any(record[name]["weight_standardized"] for name in differing)
         return (
@@ -42,8 +42,11 @@ class TorchvisionCheckpointer(GroupCheckpointer):
         if resume:
             return self.load_all(last).get("iteration", -1) + 1
         if self.save_to_disk and self.has_checkpoint():
-            logger.warning("%s holds checkpoints of an earlier run, which this one does not go on "
-                           "from (--resume does) and will overwrite", self.save_dir)  # fmt: skip
+            logger.warning(
+                "%s holds checkpoints of an earlier run, which this one does not go on "
+                "from (--resume does) and will overwrite",
+                self.save_dir,
+            )
             Path(self.save_dir, "last_checkpoint").unlink()
         self.load(weights, checkpointables=[])
         return 0

@@ -70,11 +70,13 @@ class CocoImages(Dataset):
         self._records = np.frombuffer(b"".join(records), np.uint8)
         self._ends = np.cumsum([len(r) for r in records])
         self.coco = None if train else coco
-        self._transform = v2.Compose([
-            v2.RandomHorizontalFlip(0.5 if train else 0.0),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.ToPureTensor(),
-        ])  # fmt: skip
+        self._transform = v2.Compose(
+            [
+                v2.RandomHorizontalFlip(0.5 if train else 0.0),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.ToPureTensor(),
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -138,9 +140,7 @@ class CocoImages(Dataset):
         return semantic
 
 
-def open_split(
-    data_path: str, name: str, split: str, *, panoptic: bool, check: bool
-) -> CocoImages:
+def open_split(data_path: str, name: str, split: str, *, panoptic: bool, check: bool) -> CocoImages:
     """The split "train" or "val" of the data set in ``data_path/name``, which is there and sound.
 
     Its files are called ``train2017`` and so on where COCO's are. gnp_shapes is made on first use.
@@ -193,8 +193,9 @@ def _instances(image: Json, annotations: list[Json], panoptic: bool) -> list[tup
         box = [max(x, 0.0), max(y, 0.0), min(x + w, image["width"]), min(y + h, image["height"])]
         if not a["iscrowd"] and box[2] > box[0] and box[3] > box[1]:
             if panoptic and not a.get("segmentation"):
-                raise ValueError(f"annotation {a['id']} has no 'segmentation', which Panoptic FPN "
-                                 f"needs")  # fmt: skip
+                raise ValueError(
+                    f"annotation {a['id']} has no 'segmentation', which Panoptic FPN needs"
+                )
             instances.append((a["category_id"], box, a["segmentation"] if panoptic else None))
     return instances
 
@@ -217,6 +218,8 @@ def _open(path: str, entry: Json) -> Image.Image:
     if image.mode.startswith("I"):
         raise ValueError(f"{path}: 16 or 32 bits a pixel, 8 are required; convert the image")
     if image.size != (entry["width"], entry["height"]):
-        raise ValueError(f"{path} is {image.width}x{image.height} pixels, but {entry['width']}x"
-                         f"{entry['height']} in the annotations")  # fmt: skip
+        raise ValueError(
+            f"{path} is {image.width}x{image.height} pixels, but {entry['width']}x"
+            f"{entry['height']} in the annotations"
+        )
     return image

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from gnpractical.analysis.training import resolve_device
+from gnpractical.runs.device import resolve_device
+from gnpractical.runs.torchrun import join_torchrun, under_torchrun
 
 
 def start(name: str | None) -> torch.device:
@@ -20,21 +20,15 @@ def start(name: str | None) -> torch.device:
     Raises:
         ValueError: no such device, or fewer GPUs than processes.
     """
-    joining = "TORCHELASTIC_RUN_ID" in os.environ
-    if joining and name and ":" in name:
-        raise ValueError(f"--device {name}: torchrun's processes each take their own; use "
-                         f"--device {name.split(':')[0]}")  # fmt: skip
-    if joining and name in (None, "cuda") and torch.cuda.is_available():
-        processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        if processes > gpus:
-            raise ValueError(f"{processes} processes on this machine need as many GPUs; it has "
-                             f"{gpus}. Lower --nproc-per-node.")  # fmt: skip
-        # Before the device is touched, or every process would take memory of the first.
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    device = resolve_device(name)
-    if joining:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
+    if not under_torchrun():
+        return resolve_device(name)
+    if name and ":" in name:
+        raise ValueError(
+            f"--device {name}: torchrun's processes each take their own; use "
+            f"--device {name.split(':')[0]}"
+        )
+    join_torchrun(name in (None, "cuda") and torch.cuda.is_available())
+    return resolve_device(name)
 
 
 def stop() -> None:

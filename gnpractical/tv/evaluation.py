@@ -14,21 +14,17 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as coco_mask
 import torch
-from PIL import Image
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from gnpractical.datasets.panoptic_evaluation import evaluate_panoptic, panoptic_prediction
-from gnpractical.datasets.pictures import draw_boxes, draw_segments, tile
-from gnpractical.layers.weight_standardization import standardized_once
+from gnpractical.datasets.pictures import PictureGrid, draw_boxes, draw_segments
 from gnpractical.tv.datasets import CocoImages
 from gnpractical.tv.distributed import gather, rank, world_size
 
 logger = logging.getLogger(__name__)
-
-GRID_IMAGES = 12
 
 
 @torch.inference_mode()
@@ -52,28 +48,27 @@ def evaluate(
     os.makedirs(output_dir, exist_ok=True)
     boxes: list[dict] = []
     panoptic: list[dict] = []
-    tiles: list[np.ndarray] = []
+    grid = PictureGrid()
     # Not a DistributedSampler, which repeats images to give every process as many.
     indices = range(rank(), len(dataset), world_size())
     loader = DataLoader(Subset(dataset, indices), None, num_workers=workers)
-    with standardized_once(model):
-        for index, (image, target) in zip(
-            indices, tqdm(loader, desc="evaluation", leave=False, disable=None), strict=True
-        ):
-            (result,) = model([image.to(device)])
-            if "masks" in result:
-                result["masks"] = result["masks"][:, 0] > 0.5  # a quarter of the bytes to move
-            result = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()}
-            boxes += _instances(result, target["image_id"], dataset)
-            if dataset.panoptic:
-                panoptic.append(_panoptic(result, target["image_id"], dataset))
-            if rank() == 0 and len(tiles) < GRID_IMAGES:
-                picture = np.asarray(dataset.read_image(index))
-                tiles.append(np.concatenate([picture, _draw(picture, result, dataset)], axis=1))
+    for index, (image, target) in zip(
+        indices, tqdm(loader, desc="evaluation", leave=False, disable=None), strict=True
+    ):
+        (result,) = model([image.to(device)])
+        if "masks" in result:
+            result["masks"] = result["masks"][:, 0] > 0.5  # a quarter of the bytes to move
+        result = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()}
+        boxes += _instances(result, target["image_id"], dataset)
+        if dataset.panoptic:
+            panoptic.append(_panoptic(result, target["image_id"], dataset))
+        if rank() == 0 and not grid.full:
+            picture = np.asarray(dataset.read_image(index))
+            grid.add(picture, _draw(picture, result, dataset))
     boxes, panoptic = gather(boxes), gather(panoptic)
     if rank():
         return {}
-    Image.fromarray(tile(tiles)).save(os.path.join(output_dir, "predictions.png"))
+    grid.save(os.path.join(output_dir, "predictions.png"))
     with open(os.path.join(output_dir, "coco_instances_results.json"), "w") as f:
         json.dump(boxes, f)
     scores = _average_precision(dataset, boxes, "bbox")

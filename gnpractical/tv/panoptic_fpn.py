@@ -82,9 +82,12 @@ class PanopticFPN(MaskRCNN):
                 image_logits[None, :, :h, :w], size, mode="bilinear", align_corners=False
             )[0].argmax(0)
             result["panoptic_ids"], result["segments"] = merge(
-                result["masks"][:, 0] > 0.5, result["labels"], result["scores"], semantic,
+                result["masks"][:, 0] > 0.5,
+                result["labels"],
+                result["scores"],
+                semantic,
                 *self.merge_options,
-            )  # fmt: skip
+            )
         return results
 
 
@@ -178,17 +181,19 @@ def _check_targets(images: list[Tensor], targets: list[dict[str, Tensor]] | None
         )
     for i, (image, target) in enumerate(zip(images, targets or [], strict=True)):
         if target["semantic"].shape != image.shape[-2:]:
-            raise ValueError(f"target {i}: 'semantic' is {tuple(target['semantic'].shape)} for an "
-                             f"image of {tuple(image.shape[-2:])}")  # fmt: skip
+            raise ValueError(
+                f"target {i}: 'semantic' is {tuple(target['semantic'].shape)} for an "
+                f"image of {tuple(image.shape[-2:])}"
+            )
         boxes = target["boxes"]
         if (boxes[:, 2:] <= boxes[:, :2]).any():
-            raise ValueError(f"target {i}: boxes must be x0, y0, x1, y1 with x0 < x1 and y0 < y1; "
-                             f"got {boxes.tolist()[:5]}")  # fmt: skip
+            raise ValueError(
+                f"target {i}: boxes must be x0, y0, x1, y1 with x0 < x1 and y0 < y1; "
+                f"got {boxes.tolist()[:5]}"
+            )
 
 
-def _batch_labels(
-    labels: list[Tensor], sizes: list[tuple[int, int]], padded: torch.Size
-) -> Tensor:
+def _batch_labels(labels: list[Tensor], sizes: list[tuple[int, int]], padded: torch.Size) -> Tensor:
     """Label maps resized as their images were, and padded with IGNORE_LABEL: (N, H, W) int64."""
     batch = labels[0].new_full((len(labels), *padded), IGNORE_LABEL, dtype=torch.int64)
     for i, (label, (h, w)) in enumerate(zip(labels, sizes, strict=True)):

@@ -23,11 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.tensorboard import SummaryWriter
 
-from gnpractical.analysis.calibration import measured_norms
-from gnpractical.analysis.distributed_calibration import calibrate_measured
-from gnpractical.analysis.output_dir import write_group_report
-from gnpractical.analysis.training import precision
 from gnpractical.layers.pairing import norm_width
+from gnpractical.measure.calibration import measured_norms
+from gnpractical.runs.calibrate_measured import calibrate_measured
+from gnpractical.runs.device import precision
+from gnpractical.runs.output_dir import write_group_report
 from gnpractical.tv.checkpoint import TorchvisionCheckpointer
 from gnpractical.tv.datasets import CocoImages, collate
 from gnpractical.tv.distributed import rank, world_size
@@ -38,7 +38,7 @@ PRINT_PERIOD = 20
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """SGD; the learning rate rises for ``warmup`` iterations and falls along half a cosine.
 
     ``batch_size`` is that of all processes together. The weights and biases of norms do not
@@ -62,7 +62,7 @@ class Recipe:
 def train(
     model: nn.Module,
     dataset: CocoImages,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     output_dir: str,
     *,
     weights: str = "",
@@ -88,9 +88,13 @@ def train(
     optimizer = torch.optim.SGD(_parameter_groups(model), recipe.lr, recipe.momentum)
     autocast, scaler = precision(device, recipe.mixed_precision)
     checkpointer = TorchvisionCheckpointer(
-        model, output_dir, mismatch=mismatch, save_to_disk=rank() == 0, optimizer=optimizer,
+        model,
+        output_dir,
+        mismatch=mismatch,
+        save_to_disk=rank() == 0,
+        optimizer=optimizer,
         **({"scaler": scaler} if scaler.is_enabled() else {}),
-    )  # fmt: skip
+    )
     first = checkpointer.start(weights, resume)
     for group in optimizer.param_groups:  # a resumed run's own are of the checkpoint
         group["weight_decay"] = recipe.weight_decay if group["decays"] else 0.0
@@ -144,17 +148,20 @@ def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def _lr_factor(recipe: Recipe, iteration: int) -> float:
+def _lr_factor(recipe: TrainingRecipe, iteration: int) -> float:
     warm = min(1.0, (iteration + 1) / (recipe.warmup + 1))
     return warm * (1 + math.cos(math.pi * iteration / recipe.iterations)) / 2
 
 
-def _batches(dataset: CocoImages, recipe: Recipe, first: int) -> Iterator[Any]:
+def _batches(dataset: CocoImages, recipe: TrainingRecipe, first: int) -> Iterator[Any]:
     """This process's part of every batch from iteration ``first`` on, without end."""
     loader = DataLoader(
-        dataset, recipe.batch_size // world_size(), num_workers=recipe.workers, collate_fn=collate,
+        dataset,
+        recipe.batch_size // world_size(),
+        num_workers=recipe.workers,
+        collate_fn=collate,
         sampler=_Shuffled(len(dataset), recipe.seed, first * recipe.batch_size),
-    )  # fmt: skip
+    )
     return iter(loader)
 
 

@@ -21,8 +21,9 @@ TARGETS = [
 
 
 def counts(model):
-    return {row.name: (row.in_channels, row.out_channels, row.num_groups)
-            for row in group_report(model)}  # fmt: skip
+    return {
+        row.name: (row.in_channels, row.out_channels, row.num_groups) for row in group_report(model)
+    }
 
 
 @pytest.mark.parametrize("depth, norms", [(18, 20), (34, 36), (50, 53), (101, 104)])
@@ -61,17 +62,23 @@ def detectron2_name(name):
 @pytest.mark.parametrize("norm", ["GN_PRACTICAL", "GN_EXACT"])
 def test_panoptic_fpn_has_detectron2s_counts(depth, norm):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
-    compare(panoptic_fpn_resnet(depth=depth, norm=norm), "pfpn_gnp_full.yaml", depth, norm,
-            "MODEL.SEM_SEG_HEAD.NORM", norm, "MODEL.ROI_MASK_HEAD.NORM", norm)  # fmt: skip
+    compare(
+        panoptic_fpn_resnet(depth=depth, norm=norm),
+        "pfpn_gnp_full.yaml",
+        depth,
+        norm,
+        "MODEL.SEM_SEG_HEAD.NORM",
+        norm,
+        "MODEL.ROI_MASK_HEAD.NORM",
+        norm,
+    )
 
 
 def test_faster_rcnn_has_detectron2s_counts():
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     model = fasterrcnn_resnet_fpn(weight_standardization=True)
     other = compare(model, "faster_rcnn_gnp_ws.yaml", 50, "GN_PRACTICAL")
-    standardized = [
-        sum(isinstance(m, WSConv2d) for m in each.modules()) for each in (model, other)
-    ]
+    standardized = [sum(isinstance(m, WSConv2d) for m in each.modules()) for each in (model, other)]
     assert standardized[0] == standardized[1] == 53 + 8 + 4
 
 
@@ -83,10 +90,12 @@ def compare(model, config, depth, norm, *opts):
     from gnpractical.d2 import load_config
 
     file = Path(__file__).parents[2] / "configs" / config
-    other = build_model(load_config(str(file), [
-        "MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", str(depth), "MODEL.GNP.NORM", norm,
-        "MODEL.ROI_BOX_HEAD.NORM", norm, *opts,
-    ]))  # fmt: skip
+    options = ["MODEL.DEVICE", "cpu", "MODEL.RESNETS.DEPTH", str(depth)]
+    for section in ("RESNETS", "FPN", "ROI_BOX_HEAD"):
+        options += [f"MODEL.{section}.NORM", norm]
+    if depth < 50:
+        options += ["MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
+    other = build_model(load_config(str(file), [*options, *opts]))
     mine = {detectron2_name(name): row for name, row in counts(model).items()}
     assert mine == counts(other)
     return other
@@ -94,16 +103,22 @@ def compare(model, config, depth, norm, *opts):
 
 def test_weight_standardization_is_of_backbone_fpn_and_box_head():
     model = panoptic_fpn_resnet(depth=18, weight_standardization=True)
-    parts = {".".join(n.split(".")[:2]) for n, m in model.named_modules()
-             if isinstance(m, WSConv2d)}  # fmt: skip
+    parts = {
+        ".".join(n.split(".")[:2]) for n, m in model.named_modules() if isinstance(m, WSConv2d)
+    }
     assert parts == {"backbone.body", "backbone.fpn", "roi_heads.box_head"}
 
 
 @pytest.mark.parametrize(
     "norm, kind",
-    [("GN_1", nn.GroupNorm), ("GN", nn.GroupNorm), ("BN", nn.BatchNorm2d),
-     ("SyncBN", nn.SyncBatchNorm), ("FrozenBN", torchvision.ops.FrozenBatchNorm2d)],
-)  # fmt: skip
+    [
+        ("GN_1", nn.GroupNorm),
+        ("GN", nn.GroupNorm),
+        ("BN", nn.BatchNorm2d),
+        ("SyncBN", nn.SyncBatchNorm),
+        ("FrozenBN", torchvision.ops.FrozenBatchNorm2d),
+    ],
+)
 def test_norm_names_mean_what_they_mean_in_detectron2(norm, kind):
     model = fasterrcnn_resnet_fpn(depth=18, norm=norm, num_classes=3)
     norms = [m for m in model.modules() if isinstance(m, kind)]

@@ -38,8 +38,9 @@ def test_targets_are_what_the_annotations_say(datasets_dir):
         assert image.shape == (3, 120, 160) and image.dtype == torch.float32 and image.max() <= 1
         annotation = panoptic[target["image_id"]]
         ids = read_ids(f"{files['panoptic_root']}/{annotation['file_name']}")
-        things = [s for s in annotation["segments_info"]
-                  if s["category_id"] <= 4 and not s["iscrowd"]]  # fmt: skip
+        things = [
+            s for s in annotation["segments_info"] if s["category_id"] <= 4 and not s["iscrowd"]
+        ]
         assert target["labels"].tolist() == [s["category_id"] for s in things]
         for mask, box, segment in zip(target["masks"], target["boxes"], things, strict=True):
             inside = ids == segment["id"]
@@ -160,8 +161,10 @@ def test_both_splits_need_the_same_categories(own_copy):
 
 def test_splits_are_found_by_either_name(own_copy, tmp_path):
     def sizes(root, name):
-        return [len(open_split(str(root), name, split, panoptic=True, check=True))
-                for split in ("train", "val")]  # fmt: skip
+        return [
+            len(open_split(str(root), name, split, panoptic=True, check=True))
+            for split in ("train", "val")
+        ]
 
     assert sizes(own_copy, "gnp_shapes") == [8, 4]
     coco = tmp_path / "coco"
@@ -177,19 +180,30 @@ def test_splits_are_found_by_either_name(own_copy, tmp_path):
     "change, message",
     [
         (lambda root: shutil.rmtree(root / "gnp_shapes" / "train"), "image_root .* does not exist"),
-        (lambda root: (root / "gnp_shapes/panoptic_stuff_train/000001.png").unlink(),
-         "1 of 8 semantic PNGs .*prepare_panoptic.py --root .*gnp_shapes --splits train"),
-        (lambda root: spoil(root, lambda d: d["annotations"][0].update(category_id=9)),
-         "unknown category: 1 .*--no-check-annotations"),
+        (
+            lambda root: (root / "gnp_shapes/panoptic_stuff_train/000001.png").unlink(),
+            "1 of 8 semantic PNGs .*prepare_panoptic.py --root .*gnp_shapes --splits train",
+        ),
+        (
+            lambda root: spoil(root, lambda d: d["annotations"][0].update(category_id=9)),
+            "unknown category: 1 .*--no-check-annotations",
+        ),
         (lambda root: spoil(root, lambda d: d.pop("categories")), "no 'categories'"),
-        (lambda root: spoil(root, lambda d: [a.pop("segmentation") for a in d["annotations"]]),
-         r"annotation \d+ has no 'segmentation'"),
-        (lambda root: spoil(root, lambda d: d["categories"].pop(), "panoptic")
-         or spoil(root, lambda d: d.update(annotations=[]), "panoptic"), "must be of the same im"),
-        (lambda root: spoil(root, lambda d: d["categories"].append({"id": 5, "name": "sky"})),
-         r"has the thing categories \[1, 2, 3, 4\], .* has \[1, 2, 3, 4, 5\]"),
+        (
+            lambda root: spoil(root, lambda d: [a.pop("segmentation") for a in d["annotations"]]),
+            r"annotation \d+ has no 'segmentation'",
+        ),
+        (
+            lambda root: spoil(root, lambda d: d["categories"].pop(), "panoptic")
+            or spoil(root, lambda d: d.update(annotations=[]), "panoptic"),
+            "must be of the same im",
+        ),
+        (
+            lambda root: spoil(root, lambda d: d["categories"].append({"id": 5, "name": "sky"})),
+            r"has the thing categories \[1, 2, 3, 4\], .* has \[1, 2, 3, 4, 5\]",
+        ),
     ],
-)  # fmt: skip
+)
 def test_data_that_would_train_wrongly(own_copy, change, message):
     change(own_copy)
     with pytest.raises(ValueError, match=message):

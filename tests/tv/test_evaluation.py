@@ -12,8 +12,6 @@ from torch import nn
 
 from gnpractical.datasets.coco_files import split_files
 from gnpractical.datasets.panoptic import read_ids, read_json
-from gnpractical.layers.standardized_weight import _CONSTANT
-from gnpractical.layers.weight_standardization import WSConv2d
 from gnpractical.tv.datasets import CocoImages
 from gnpractical.tv.evaluation import evaluate
 
@@ -29,8 +27,11 @@ class Oracle(nn.Module):
         _, target = self.dataset[self.index]
         self.index += 1
         n = len(target["labels"])
-        result = {"boxes": target["boxes"], "labels": target["labels"],
-                  "scores": torch.full((n,), self.score)}  # fmt: skip
+        result = {
+            "boxes": target["boxes"],
+            "labels": target["labels"],
+            "scores": torch.full((n,), self.score),
+        }
         if self.dataset.panoptic:
             result["masks"] = target["masks"][:, None].float()
             result["panoptic_ids"], result["segments"] = self.segments(target["image_id"])
@@ -53,27 +54,6 @@ class Oracle(nn.Module):
 def dataset_of(datasets_dir, panoptic):
     files = split_files(str(datasets_dir / "gnp_shapes"), "val")
     return CocoImages(files, panoptic=panoptic, train=False)
-
-
-class Standardized(Oracle):
-    """Also convolves every image, and notes whether its weight had been standardized before."""
-
-    def __init__(self, dataset):
-        super().__init__(dataset)
-        self.conv, self.kept = WSConv2d(3, 4, 3), []
-
-    def forward(self, images):
-        self.conv(images[0])
-        self.kept.append(self.conv in _CONSTANT)
-        return super().forward(images)
-
-
-def test_weights_are_standardized_once(datasets_dir, tmp_path):
-    dataset = dataset_of(datasets_dir, panoptic=False)
-    model = Standardized(dataset)
-    evaluate(model, dataset, str(tmp_path), torch.device("cpu"))
-    assert len(model.kept) == len(dataset) and all(model.kept)
-    assert model.conv not in _CONSTANT
 
 
 def test_the_ground_truth_scores_100(datasets_dir, tmp_path):

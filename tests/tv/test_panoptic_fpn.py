@@ -15,13 +15,15 @@ def rectangle(y0, y1, x0, x1, shape=(8, 10)):
 
 
 def test_merge_by_hand():
-    masks = torch.stack([
-        rectangle(0, 4, 0, 4),  # 16 pixels, second in rank: half are taken, so it stays
-        rectangle(0, 4, 2, 6),  # first
-        rectangle(0, 3, 1, 6),  # third: 15 pixels, all of them taken
-        rectangle(6, 8, 0, 4),  # not sure enough
-        rectangle(0, 0, 0, 0),  # empty
-    ])  # fmt: skip
+    masks = torch.stack(
+        [
+            rectangle(0, 4, 0, 4),  # 16 pixels, second in rank: half are taken, so it stays
+            rectangle(0, 4, 2, 6),  # first
+            rectangle(0, 3, 1, 6),  # third: 15 pixels, all of them taken
+            rectangle(6, 8, 0, 4),  # not sure enough
+            rectangle(0, 0, 0, 0),  # empty
+        ]
+    )
     scores = torch.tensor([0.8, 0.9, 0.7, 0.4, 0.95])
     semantic = torch.ones(8, 10, dtype=torch.int64)
     semantic[:, 8:] = 2
@@ -73,8 +75,11 @@ def test_semantic_branch_is_detectron2s():
 
     theirs = SemSegFPNHead(
         {f"p{i + 2}": ShapeSpec(channels=16, stride=4 * 2**i) for i in range(4)},
-        num_classes=5, conv_dims=8, common_stride=4, norm="GN_PRACTICAL",
-    ).eval()  # fmt: skip
+        num_classes=5,
+        conv_dims=8,
+        common_stride=4,
+        norm="GN_PRACTICAL",
+    ).eval()
     mine = SemanticBranch(["0", "1", "2", "3"], 16, 8, 5, norm_layer("GN_PRACTICAL"))
     assert len(mine.state_dict()) == len(theirs.state_dict())
     mine.load_state_dict(dict(zip(mine.state_dict(), theirs.state_dict().values(), strict=True)))
@@ -94,9 +99,11 @@ def test_labels_are_resized_with_their_image_and_padded():
 def target(semantic, boxes=((5.0, 5, 30, 30),)):
     n = len(boxes)
     return {
-        "boxes": torch.tensor(boxes).reshape(-1, 4), "labels": torch.ones(n, dtype=torch.int64),
-        "masks": torch.ones(n, *semantic.shape, dtype=torch.uint8), "semantic": semantic,
-    }  # fmt: skip
+        "boxes": torch.tensor(boxes).reshape(-1, 4),
+        "labels": torch.ones(n, dtype=torch.int64),
+        "masks": torch.ones(n, *semantic.shape, dtype=torch.uint8),
+        "semantic": semantic,
+    }
 
 
 def test_semantic_loss_is_the_cross_entropy_of_what_is_labelled(tiny_panoptic):

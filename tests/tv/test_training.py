@@ -9,12 +9,12 @@ pytest.importorskip("tensorboard", reason="tensorboard is not installed")
 import torch
 
 from gnpractical import group_report
-from gnpractical.analysis.group_record import RECORD_KEY, GroupMismatch
 from gnpractical.datasets.coco_files import split_files
+from gnpractical.runs.group_record import RECORD_KEY, GroupMismatch
 from gnpractical.tv.checkpoint import TorchvisionCheckpointer
 from gnpractical.tv.datasets import CocoImages
 from gnpractical.tv.training import (
-    Recipe,
+    TrainingRecipe,
     _lr_factor,
     _parameter_groups,
     _Shuffled,
@@ -30,7 +30,7 @@ def dataset(datasets_dir):
 
 def recipe(iterations, **options):
     defaults = {"batch_size": 2, "lr": 0.005, "warmup": 1, "workers": 0, "checkpoint_period": 2}
-    return Recipe(iterations, **defaults | options)
+    return TrainingRecipe(iterations, **defaults | options)
 
 
 def metrics_of(folder):
@@ -79,7 +79,7 @@ def test_measured_counts_are_kept(tiny_panoptic, dataset, tmp_path, monkeypatch)
     train(model, dataset, recipe(2), str(tmp_path))
     groups = groups_of(tmp_path)
     assert all(groups.values()) and len(set(groups.values())) > 1
-    monkeypatch.setattr("gnpractical.analysis.distributed_calibration.calibrate", None)
+    monkeypatch.setattr("gnpractical.runs.calibrate_measured.calibrate", None)
     train(tiny_panoptic(norm="GN_MEASURED"), dataset, recipe(3), str(tmp_path), resume=True)
     assert groups_of(tmp_path) == groups
 
@@ -140,7 +140,7 @@ def test_mixed_precision_and_clipping(tiny_panoptic, dataset, tmp_path):
 
 
 def test_learning_rate_rises_and_falls():
-    plan = Recipe(100, 2, 0.1, warmup=9)
+    plan = TrainingRecipe(100, 2, 0.1, warmup=9)
     factors = [_lr_factor(plan, i) for i in range(100)]
     assert factors[0] == pytest.approx(0.1, abs=0.001) and max(factors) < 1
     assert factors.index(max(factors)) == 9
