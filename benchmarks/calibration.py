@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gnpractical import calibrate, measure_gradient_variance
-from gnpractical.analysis.gradient_isometry import mean_abs_log
 from gnpractical.layers import group_norm_from_name
+from gnpractical.measure.gradient_isometry import mean_abs_log
 
 WIDTHS = [3, *[96, 96, 64, 96] * 5]
 
@@ -50,8 +50,10 @@ def main():
     step = (time.perf_counter() - start) / len(batches)
     print(f"calibration: {seconds:.2f} s, {seconds / step:.1f} training steps of {step:.3f} s")
     reachable = {row.name for row in chosen if row.isometric_between}
-    print(f"mean |log K| over all {len(chosen)} layers, over the {len(reachable)} where K = 1 "
-          f"lies within reach")  # fmt: skip
+    print(
+        f"mean |log K| over all {len(chosen)} layers, over the {len(reachable)} where K = 1 "
+        f"lies within reach"
+    )
     for norm in ("GN_32", "GN_1", "GN_PRACTICAL", "GN_EXACT", "GN_MEASURED"):
         built = model if norm == "GN_MEASURED" else build(norm)
         rows = measure_gradient_variance(built, batches[2:], loss)

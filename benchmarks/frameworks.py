@@ -42,9 +42,7 @@ def detectron2_side():
 
 
 def torchvision_side():
-    dataset = open_split(
-        datasets_root(), "gnp_shapes", "train", panoptic=True, check=False
-    )
+    dataset = open_split(datasets_root(), "gnp_shapes", "train", panoptic=True, check=False)
     model = panoptic_fpn_resnet(
         depth=18, num_things=4, num_stuff=4, min_size=120, **quick.panoptic_fpn()
     ).train()
@@ -78,8 +76,10 @@ def main():
                 step()
                 if i >= 3:
                     times[name].append(time.perf_counter() - start)
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
-          f"detectron2 {detectron2.__version__}, {torch.get_num_threads()} threads")  # fmt: skip
+    print(
+        f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
+        f"detectron2 {detectron2.__version__}, {torch.get_num_threads()} threads"
+    )
     for name, (model, _) in sides.items():
         parameters = sum(p.numel() for p in model.parameters())
         print(f"{name}: median {statistics.median(times[name]):.4f} s, {parameters} parameters")

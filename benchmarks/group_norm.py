@@ -5,11 +5,10 @@
 
 Maps of a ResNet-FPN and of RoI heads at 2 images: small ones for a CPU, with --large those of
 800x1333 pixels. G is 1, 32, the practical number for a layer as wide as its input and for one that
-narrows four times (1 and C/4 or so), and C. `torch` is F.group_norm, `ours` what PracticalGroupNorm
-does, which on a CPU differs on channels_last maps only; on a GPU `ours` is the Triton kernel, and
-`compiled` is F.group_norm through torch.compile. `bn` is batch norm in training, `timm` timm's
-GroupNorm and LayerNorm2d, `copy` a multiplication out of place, whose memory traffic bounds every
-norm. A dtype other than float32 runs under autocast. Times are medians of runs of three, the cases'
+narrows four times (1 and C/4 or so), and C. `torch` is F.group_norm, which PracticalGroupNorm runs,
+and on a GPU `compiled` is the same through torch.compile. `bn` is batch norm in training, `timm`
+timm's GroupNorm and LayerNorm2d, `copy` a multiplication out of place, whose memory traffic bounds
+every norm. A dtype other than float32 runs under autocast. Times are medians of runs of three, the cases'
 runs in turn; ratios are to F.group_norm at 32 groups, contiguous, and to the same G, contiguous.
 """
 
@@ -24,11 +23,15 @@ import torch.nn.functional as F
 from tabulate import tabulate
 
 from gnpractical import practical_num_groups
-from gnpractical.layers import group_norm_op
 
 SMALL = [(2, 64, 128, 128), (2, 256, 64, 64), (2, 512, 16, 16), (2, 2048, 8, 8), (128, 256, 7, 7)]
-LARGE = [(2, 64, 400, 672), (2, 256, 200, 336), (2, 512, 100, 168), (2, 2048, 25, 42),
-         (1024, 256, 7, 7)]  # fmt: skip
+LARGE = [
+    (2, 64, 400, 672),
+    (2, 256, 200, 336),
+    (2, 512, 100, 168),
+    (2, 2048, 25, 42),
+    (1024, 256, 7, 7),
+]
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
@@ -53,15 +56,15 @@ def cases(shape, device, dtype):
         x.requires_grad_()
         grad = torch.randn(shape, device=device).to(memory_format=memory_format)
         for groups in sorted({1, 32, channels // 8, channels // 4, narrowing, channels}):
-            functions = {"torch": F.group_norm, "ours": group_norm_op.group_norm}
-            if compiled is not None:
-                functions["compiled"] = compiled
-            elif layout == "nchw":
-                del functions["ours"]  # which is the same
+            functions = {"torch": F.group_norm} | ({"compiled": compiled} if compiled else {})
             for name, function in functions.items():
-                yield (f"{layout} G={groups} {name}",
-                       lambda x, f=function, g=groups: f(x, g, weight, bias),
-                       x, grad, (weight, bias))  # fmt: skip
+                yield (
+                    f"{layout} G={groups} {name}",
+                    lambda x, f=function, g=groups: f(x, g, weight, bias),
+                    x,
+                    grad,
+                    (weight, bias),
+                )
 
         def batch_norm(x):
             return F.batch_norm(x, None, None, weight, bias, training=True)
@@ -101,13 +104,14 @@ def main():
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    group_norm_op.USE_TRITON = True
     # glibc gives freed blocks back to the system, to be mapped anew, until it has seen larger ones
     # come and go, as a training step's do; without this the order of the cases decides.
     torch.ones(31 << 18)
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    print(f"torch {torch.__version__}, {name or platform.machine()}, "
-          f"{torch.get_num_threads()} threads, {args.dtype}")  # fmt: skip
+    print(
+        f"torch {torch.__version__}, {name or platform.machine()}, "
+        f"{torch.get_num_threads()} threads, {args.dtype}"
+    )
     for shape in LARGE if args.large else SMALL:
         all_cases = list(cases(shape, device, getattr(torch, args.dtype)))
         times = {case[0]: [] for case in all_cases}
@@ -120,8 +124,16 @@ def main():
         for case, values in times.items():
             low, middle, high = quartiles(values, times["nchw G=32 torch"])
             same = times.get(f"nchw {case.split()[1]} torch")
-            rows.append([case, middle, low, high, quartiles(values, same)[1] if same else None,
-                         1e3 * statistics.median(values)])  # fmt: skip
+            rows.append(
+                [
+                    case,
+                    middle,
+                    low,
+                    high,
+                    quartiles(values, same)[1] if same else None,
+                    1e3 * statistics.median(values),
+                ]
+            )
         print("x".join(map(str, shape)))
         headers = ["", "to 32 nchw", "25%", "75%", "to same nchw", "ms"]
         print(tabulate(rows, headers, floatfmt=".2f"), flush=True)

@@ -36,7 +36,7 @@ from gnpractical import convert, group_report
 from gnpractical.d2 import load_config
 from gnpractical.layers import pairing
 
-SECTIONS = ("GNP", "RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD")
+SECTIONS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD")
 
 
 def config(norm, *opts, file="configs/pfpn_gnp_full.yaml"):

@@ -12,7 +12,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from gnpractical.analysis.gradient_simulation import PAPER_ROWS, TRIALS_PER_DRAW, simulate
+from gnpractical.paper.simulation import PAPER_ROWS, TRIALS_PER_DRAW, simulate
 
 
 def plain_trial(in_channels, out_channels, num_groups):
@@ -42,11 +42,15 @@ def main():
         vectorized = (time.perf_counter() - start) / (8 * TRIALS_PER_DRAW)
         totals["plain"] += plain
         totals["vectorized"] += vectorized
-        print(f"{setting}: plain {plain * 1e3:.3f} ms a trial, vectorized "
-              f"{vectorized * 1e3:.4f} ms, {plain / vectorized:.0f} times faster")  # fmt: skip
+        print(
+            f"{setting}: plain {plain * 1e3:.3f} ms a trial, vectorized "
+            f"{vectorized * 1e3:.4f} ms, {plain / vectorized:.0f} times faster"
+        )
     faster = totals["plain"] / totals["vectorized"]
-    print(f"all four: {faster:.0f} times faster; torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads")  # fmt: skip
+    print(
+        f"all four: {faster:.0f} times faster; torch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads"
+    )
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@
 In the place of the convolution, which would hide it, stands a dot product, and its time with the
 plain weight is taken off. `batch_norm`: the filters as channels of F.batch_norm, timm's StdConv2d,
 which has the biased deviation and eps under the root. `reference`: mean, std and a division, the
-authors' form. `function`: standardize_weight. `ours`: what WSConv2d does, which keeps its memory
-from step to step. All in one run, in every order; ratios are to batch_norm: medians and quartiles.
+authors' form. `ours`: standardize_weight. All in one run, in every order; ratios are to batch_norm: medians and quartiles.
 """
 
 import argparse
@@ -19,8 +18,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from gnpractical.layers.standardized_weight import standardize_weight, standardized_weight_of
-from gnpractical.layers.weight_standardization import WSConv2d
+from gnpractical.layers.weight_standardization import standardize_weight
 
 SHAPES = [(256, 256, 3, 3), (512, 512, 3, 3), (2048, 512, 1, 1)]
 
@@ -68,18 +66,19 @@ def main():
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    print(f"torch {torch.__version__}, {name or platform.machine()}, "
-          f"{torch.get_num_threads()} threads")  # fmt: skip
+    print(
+        f"torch {torch.__version__}, {name or platform.machine()}, "
+        f"{torch.get_num_threads()} threads"
+    )
     for shape in SHAPES:
-        conv = WSConv2d(shape[1], shape[0], shape[2:], bias=False, device=device)
+        weight = torch.nn.Parameter(0.05 * torch.randn(shape, device=device))
         forms = {
             "plain": lambda weight: weight,
             "batch_norm": batch_norm,
             "reference": reference,
-            "function": standardize_weight,
-            "ours": lambda weight, conv=conv: standardized_weight_of(conv, weight),
+            "ours": standardize_weight,
         }
-        times = times_of(forms, conv.weight, args.repeats)
+        times = times_of(forms, weight, args.repeats)
         plain = times.pop("plain")
         added = {
             form: [a - b for a, b in zip(values, plain, strict=True)]
@@ -89,8 +88,10 @@ def main():
         for form, values in added.items():
             ratios = [a / b for a, b in zip(values, added["batch_norm"], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
-            print(f"  {form}: ratio {middle:.2f} ({low:.2f} to {high:.2f}), adds "
-                  f"{1e3 * statistics.median(values):.2f} ms")  # fmt: skip
+            print(
+                f"  {form}: ratio {middle:.2f} ({low:.2f} to {high:.2f}), adds "
+                f"{1e3 * statistics.median(values):.2f} ms"
+            )
 
 
 if __name__ == "__main__":
