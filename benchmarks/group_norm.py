@@ -8,8 +8,9 @@ Maps of a ResNet-FPN and of RoI heads at 2 images: small ones for a CPU, with --
 narrows four times (1 and C/4 or so), and C. `torch` is F.group_norm, which PracticalGroupNorm runs,
 and on a GPU `compiled` is the same through torch.compile. `bn` is batch norm in training, `timm`
 timm's GroupNorm and LayerNorm2d, `copy` a multiplication out of place, whose memory traffic bounds
-every norm. A dtype other than float32 runs under autocast. Times are medians of runs of three, the cases'
-runs in turn; ratios are to F.group_norm at 32 groups, contiguous, and to the same G, contiguous.
+every norm. A dtype other than float32 runs under autocast. Times are medians of runs of three, the
+cases' runs in turn; ratios are to F.group_norm at 32 groups, contiguous, and to the same G,
+contiguous.
 """
 
 import argparse

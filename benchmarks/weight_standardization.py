@@ -6,7 +6,8 @@
 In the place of the convolution, which would hide it, stands a dot product, and its time with the
 plain weight is taken off. `batch_norm`: the filters as channels of F.batch_norm, timm's StdConv2d,
 which has the biased deviation and eps under the root. `reference`: mean, std and a division, the
-authors' form. `ours`: standardize_weight. All in one run, in every order; ratios are to batch_norm: medians and quartiles.
+authors' form. `ours`: standardize_weight. All in one run, in every order; ratios are to batch_norm:
+medians and quartiles.
 """
 
 import argparse

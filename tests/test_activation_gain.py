@@ -1,30 +1,27 @@
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+import torch
+from scipy.integrate import quad
+from scipy.special import expit, ndtr
 
-from gnpractical.activation_gain import ACTIVATIONS, ActivationGain, activation_gain
+from gnpractical.activation_gain import (
+    ACTIVATIONS,
+    ActivationGain,
+    activation_gain,
+    integrate_gain,
+)
 from gnpractical.num_groups import ideal_num_groups
 
-
-def trapezoid(f, sigma):
-    """E[f(X)^2] by a dense trapezoid; none of the quadrature's pieces or scales."""
-    z = np.linspace(-10, 10, 2_000_001)
-    values = f(sigma * z) ** 2 * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-    return float(np.trapezoid(values, z))
+SIGMAS = [1e-6, 1e-3, 0.1, 1, 20, 1e3, 1e6]
 
 
-def gelu_tanh(x):
-    return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+def normal_pdf(x):
+    return math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
 
 
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-@pytest.mark.parametrize("sigma", [1e-3, 0.1, 1, 10, 100])
+@pytest.mark.parametrize("sigma", SIGMAS)
 @pytest.mark.parametrize(
     "name, slope, expected",
     [
@@ -41,113 +38,137 @@ def sigmoid(x):
 def test_homogeneous_functions_have_equal_gains_at_every_sigma(name, slope, expected, sigma):
     # Eq. (35) and Remark 2
     gain = activation_gain(name, sigma, slope)
-    assert gain.forward == pytest.approx(expected, rel=1e-12)
-    assert gain.backward == pytest.approx(expected, rel=1e-12)
-    assert gain.ratio == pytest.approx(1, rel=1e-12)
+    assert gain.forward == pytest.approx(expected, rel=1e-11)
+    assert gain.backward == pytest.approx(expected, rel=1e-11)
+    assert gain.ratio == pytest.approx(1, rel=1e-11)
 
 
-def normal_cdf(x):
-    return math.erfc(-x / math.sqrt(2)) / 2
-
-
-@pytest.mark.parametrize("sigma", [1e-3, 0.1, 1, 10, 100])
+@pytest.mark.parametrize("sigma", SIGMAS)
 def test_closed_forms_of_gelu(sigma):
     # With Phi(x) = P(U < x): E[X^2 Phi^2] and E[(Phi + X phi)^2] are moments of three normals.
     s2 = sigma * sigma
-    r = s2 / (1 + s2)
     root = math.sqrt(1 + 2 * s2)
-    orthant = 1 / 4 + math.asin(r) / (2 * math.pi)  # E[Phi(X)^2]
-    forward = orthant + s2 / (math.pi * (1 + s2) * root)
+    orthant = 1 / 4 + math.atan2(s2, root) / (2 * math.pi)  # E[Phi(X)^2]
     # E[2 X Phi phi] by Stein's lemma, E[X^2 phi^2] as a Gaussian integral
     cross = s2 / (math.pi * (1 + s2) * root)
     square = s2 / (2 * math.pi * root**3)
     gain = activation_gain("gelu", sigma)
-    assert gain.forward == pytest.approx(forward, rel=1e-9)
-    assert gain.backward == pytest.approx(orthant + cross + square, rel=1e-9)
+    assert gain.forward == pytest.approx(orthant + cross, rel=1e-10)
+    assert gain.backward == pytest.approx(orthant + cross + square, rel=1e-10)
 
 
-@pytest.mark.parametrize("sigma", [0.1, 1, 10])
+def clipped(sigma, low, high):
+    """The gains of a clamp, whose second moment on [0, t] is Phi(t) - 1/2 - t phi(t)."""
+    a, b = low / sigma, high / sigma
+    inside = ndtr(b) - ndtr(a)
+    moment = inside - b * normal_pdf(b) + a * normal_pdf(a)
+    return moment + a * a * ndtr(a) + b * b * ndtr(-b), inside
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1, 20, 1e3])
 def test_closed_forms_of_the_clipped_functions(sigma):
-    # the second moment of a normal on [0, t] in units of sigma is Phi(t) - 1/2 - t phi(t)
-    def on_interval(t):
-        pdf = math.exp(-t * t / 2) / math.sqrt(2 * math.pi)
-        return normal_cdf(t) - 1 / 2 - t * pdf, normal_cdf(t) - 1 / 2, normal_cdf(-t)
-
-    moment, inside, beyond = on_interval(6 / sigma)
-    gain = activation_gain("relu6", sigma)
-    assert gain.forward == pytest.approx(moment + 36 * beyond / sigma**2, rel=1e-9)
-    assert gain.backward == pytest.approx(inside, rel=1e-9)
-
-    moment, inside, beyond = on_interval(1 / sigma)
-    gain = activation_gain("hardtanh", sigma)
-    assert gain.forward == pytest.approx(2 * moment + 2 * beyond / sigma**2, rel=1e-9)
-    assert gain.backward == pytest.approx(2 * inside, rel=1e-9)
-
+    for name, ends in {"relu6": (0, 6), "hardtanh": (-1, 1)}.items():
+        forward, backward = clipped(sigma, *ends)
+        gain = activation_gain(name, sigma)
+        # The closed form itself loses digits where it subtracts.
+        assert gain.forward == pytest.approx(forward, rel=1e-8)
+        assert gain.backward == pytest.approx(backward, rel=1e-10)
     # hardsigmoid is 1/2 + hardtanh(x / 3) / 2
     shrunk = activation_gain("hardtanh", sigma / 3)
     gain = activation_gain("hardsigmoid", sigma)
-    assert gain.forward == pytest.approx(1 / (4 * sigma**2) + shrunk.forward / 36, rel=1e-9)
-    assert gain.backward == pytest.approx(shrunk.backward / 36, rel=1e-9)
+    assert gain.forward == pytest.approx(1 / (4 * sigma**2) + shrunk.forward / 36, rel=1e-10)
+    assert gain.backward == pytest.approx(shrunk.backward / 36, rel=1e-10)
 
 
-@pytest.mark.parametrize("sigma", [0.1, 1, 10])
-@pytest.mark.parametrize(
-    "name, f, derivative",
-    [
-        ("sigmoid", sigmoid, lambda x: sigmoid(x) * (1 - sigmoid(x))),
-        ("tanh", np.tanh, lambda x: 1 - np.tanh(x) ** 2),
-        ("softplus", lambda x: np.log(1 + np.exp(x)), sigmoid),
-        ("silu", lambda x: x * sigmoid(x), lambda x: sigmoid(x) * (1 + x * (1 - sigmoid(x)))),
-        ("gelu_tanh", gelu_tanh, lambda x: (gelu_tanh(x + 1e-5) - gelu_tanh(x - 1e-5)) / 2e-5),
-        ("elu", lambda x: np.where(x > 0, x, np.exp(x) - 1), lambda x: np.exp(np.minimum(x, 0))),
-    ],
-)
-def test_against_a_dense_trapezoid(name, f, derivative, sigma):
+@pytest.mark.parametrize("near", [0.1, 1, 10])
+@pytest.mark.parametrize("off", [-1e-2, -1e-4, -1e-7, 1e-7, 1e-4, 1e-2])
+def test_kinks_anywhere_are_found(near, off):
+    kink = near * (1 + off)
+    for sigma in (1, 7.3):
+        gain = integrate_gain(lambda x: x.clamp(-kink, 0.0), sigma)
+        assert gain.backward == pytest.approx(ndtr(kink / sigma) - 1 / 2, rel=1e-10)
+
+
+def test_a_bend_far_from_0_is_found_however_large_sigma_is():
+    # f' is 1 plus a bump's derivative, whose square integrates to sqrt(pi / 2)
+    gain = integrate_gain(lambda x: x + torch.exp(-((x - 5) ** 2)), 1e5)
+    assert gain.backward - 1 == pytest.approx(0.5e-5, rel=1e-4)
+
+
+def softplus(x):
+    return np.logaddexp(0, x)
+
+
+def mish_slope(x):
+    t = np.tanh(softplus(x))
+    return t + x * (1 - t * t) * expit(x)
+
+
+# gelu_tanh is x expit(u), and this is u.
+def scaled_cubic(x):
+    return math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)
+
+
+def gelu_tanh_slope(x):
+    u = scaled_cubic(x)
+    inner = math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * x * x)
+    return expit(u) + x * expit(u) * expit(-u) * inner
+
+
+SCALE, ALPHA = 1.0507009873554805, 1.6732632423543772  # of SELU
+
+FORMULAS = {
+    "silu": (lambda x: x * expit(x), lambda x: expit(x) * (1 + x * expit(-x))),
+    "elu": (lambda x: max(x, np.expm1(min(x, 0))), lambda x: np.exp(min(x, 0))),
+    "selu": (
+        lambda x: SCALE * (x if x > 0 else ALPHA * np.expm1(x)),
+        lambda x: SCALE * (1 if x > 0 else ALPHA * np.exp(x)),
+    ),
+    "sigmoid": (expit, lambda x: expit(x) * expit(-x)),
+    "tanh": (np.tanh, lambda x: 4 * expit(2 * x) * expit(-2 * x)),
+    "softplus": (softplus, expit),
+    "softsign": (lambda x: x / (1 + abs(x)), lambda x: (1 + abs(x)) ** -2),
+    "hardswish": (
+        lambda x: x * min(max(x + 3, 0), 6) / 6,
+        lambda x: (2 * x + 3) / 6 if abs(x) < 3 else float(x > 0),
+    ),
+    "mish": (lambda x: x * np.tanh(softplus(x)), mish_slope),
+    "gelu_tanh": (lambda x: x * expit(scaled_cubic(x)), gelu_tanh_slope),
+}
+
+
+def mean_square(f, sigma):
+    """E[f(X)^2] by SciPy."""
+    ends = {x / sigma for k in range(-7, 8) for x in (10.0**k, 3 * 10.0**k) if x < 12 * sigma}
+    ends = sorted({0, 12} | ends | {-x for x in ends | {12}})
+    pieces = [
+        quad(lambda z: f(sigma * z) ** 2 * normal_pdf(z), a, b, epsabs=0, epsrel=1e-10)[0]
+        for a, b in zip(ends, ends[1:], strict=False)
+    ]
+    return math.fsum(pieces)
+
+
+@pytest.mark.filterwarnings("ignore::scipy.integrate.IntegrationWarning")  # of empty tails
+@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("name", FORMULAS)
+def test_formulas_integrated_by_scipy(name, sigma):
+    f, derivative = FORMULAS[name]
     gain = activation_gain(name, sigma)
-    assert gain.forward == pytest.approx(trapezoid(f, sigma) / sigma**2, rel=1e-6)
-    assert gain.backward == pytest.approx(trapezoid(derivative, sigma), rel=1e-6)
+    assert gain.forward == pytest.approx(mean_square(f, sigma) / sigma**2, rel=1e-8)
+    assert gain.backward == pytest.approx(mean_square(derivative, sigma), rel=1e-8)
 
 
-@pytest.mark.parametrize("sigma", [0.1, 1, 10])
+@pytest.mark.parametrize("sigma", SIGMAS)
 def test_relations_between_functions(sigma):
     assert activation_gain("celu", sigma) == activation_gain("elu", sigma)
     mirrored, plain = activation_gain("logsigmoid", sigma), activation_gain("softplus", sigma)
-    assert mirrored.forward == pytest.approx(plain.forward, rel=1e-9)
-    assert mirrored.backward == pytest.approx(plain.backward, rel=1e-9)
-    # sigmoid is softplus's derivative, and 1/2 + tanh(x / 2) / 2
-    sigmoid, half = activation_gain("sigmoid", sigma), activation_gain("tanh", sigma / 2)
-    assert plain.backward == pytest.approx(sigmoid.forward * sigma**2, rel=1e-9)
-    assert sigmoid.forward == pytest.approx(1 / (4 * sigma**2) + half.forward / 16, rel=1e-9)
-    assert sigmoid.backward == pytest.approx(half.backward / 16, rel=1e-9)
+    assert mirrored.forward == pytest.approx(plain.forward, rel=1e-8)
+    assert mirrored.backward == pytest.approx(plain.backward, rel=1e-8)
 
 
 def test_selu_keeps_unit_variance():
     # the property its two constants were derived from
     assert activation_gain("selu").forward == pytest.approx(1, rel=1e-9)
-
-
-@pytest.mark.parametrize("name", ["tanh", "softsign", "hardtanh"])
-def test_small_inputs_see_the_slope_at_zero_and_large_ones_the_limits(name):
-    small, large = activation_gain(name, 1e-6), activation_gain(name, 1e6)
-    assert small.forward == pytest.approx(1, rel=1e-5)
-    assert small.backward == pytest.approx(1, rel=1e-5)
-    assert large.forward == pytest.approx(1e-12, rel=1e-4)
-
-
-@pytest.mark.parametrize("name", ["gelu", "silu", "mish", "gelu_tanh", "hardswish", "softplus"])
-def test_large_inputs_see_relu(name):
-    gain = activation_gain(name, 1e5)
-    assert gain.forward == pytest.approx(1 / 2, rel=1e-4)
-    assert gain.backward == pytest.approx(1 / 2, rel=1e-4)
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("sigma", [1e-100, 1e-3, 100, 1e100])
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_nothing_overflows(name, sigma):
-    gain = activation_gain(name, sigma)
-    assert 0 < gain.forward < math.inf
-    assert 0 < gain.backward < math.inf
 
 
 def test_ratio_is_forward_over_backward_and_what_num_groups_takes():
@@ -157,10 +178,10 @@ def test_ratio_is_forward_over_backward_and_what_num_groups_takes():
     assert ideal == pytest.approx((0.394 / 0.464 * 256 - 128) / 4, abs=0.1)
 
 
-def test_equal_calls_are_computed_once():
-    assert activation_gain("mish", 1) is activation_gain("mish", np.float64(1))
-    assert activation_gain("prelu") is activation_gain("prelu", slope=0.25)
-    assert activation_gain("prelu", slope=1) is not activation_gain("prelu", slope=2)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_grad_mode_does_not_matter(mode):
+    with mode():
+        assert activation_gain("mish", np.float64(1)) == activation_gain("mish")
 
 
 @pytest.mark.parametrize(
@@ -177,15 +198,15 @@ def test_unknown_name(name, expected):
     assert all(known in str(error.value) for known in ACTIVATIONS)
 
 
-@pytest.mark.parametrize("bad", [0, -1.0, float("nan"), float("inf"), 1e-101, 1e101])
+@pytest.mark.parametrize("bad", [0, -1.0, float("nan"), float("inf"), 9.9e-7, 1.1e6])
 def test_sigma_out_of_range(bad):
-    with pytest.raises(ValueError, match="sigma must be from 1e-100 to 1e\\+100"):
+    with pytest.raises(ValueError, match=f"sigma must be from 1e-06 to 1e\\+06, got {bad}"):
         activation_gain("relu", bad)
 
 
 @pytest.mark.parametrize("bad", ["1", None, True, [1]])
 def test_sigma_of_other_types(bad):
-    with pytest.raises(TypeError, match="sigma must be a number"):
+    with pytest.raises(TypeError, match="sigma must be a number, got"):
         activation_gain("relu", bad)
 
 
@@ -196,14 +217,27 @@ def test_bad_names_and_slopes():
         activation_gain("relu", slope=0.1)
     with pytest.raises(TypeError, match="slope must be a number, got '0.1'"):
         activation_gain("prelu", slope="0.1")
-    with pytest.raises(ValueError, match="slope must be from -1e\\+100 to 1e\\+100, got nan"):
+    with pytest.raises(ValueError, match="slope must be from -1e\\+06 to 1e\\+06, got nan"):
         activation_gain("prelu", slope=float("nan"))
 
 
-def test_importing_needs_neither_scipy_nor_torch():
-    script = (
-        "import runpy, sys\n"
-        "sys.modules['torch'] = sys.modules['scipy'] = None\n"
-        f"runpy.run_path({sys.modules[ActivationGain.__module__].__file__!r}, run_name='gains')\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True)
+@pytest.mark.parametrize(
+    "function, expected",
+    [
+        (lambda x: x - x.mean(), "is not element-wise"),
+        (lambda x: x.softmax(1), "is not element-wise"),
+        (lambda x: x * torch.rand_like(x), "is not element-wise"),
+        (lambda x: x.sum(), "is no element-wise activation: shape"),
+        (lambda x: x[:, :1], "is no element-wise activation: shape"),
+        (lambda x: x.detach(), "is no element-wise activation: .*grad"),
+        (lambda x: 1 / 0, "is no element-wise activation: division by zero"),
+        (lambda x: (x, x), "is no element-wise activation: 'tuple'"),
+        (torch.log, "or not finite at sigma 2"),
+        (torch.sign, "are zero at sigma 2"),
+        (lambda x: x.abs().sqrt(), "do not converge at sigma 2"),  # E[1 / |X|] is infinite
+        (lambda x: x.float().sigmoid(), "do not converge at sigma 2"),  # of too few digits
+    ],
+)
+def test_what_is_no_activation(function, expected):
+    with pytest.raises(ValueError, match=expected):
+        integrate_gain(function, 2)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gnpractical.layers.data_flow import DataFlow, Source, tensors_in
+from gnpractical.layers.unchanged import unchanged
 
 
 @dataclass
@@ -45,20 +45,18 @@ def trace_norms(model: nn.Module, example_inputs: Any) -> dict[nn.Module, NormCa
     elif isinstance(example_inputs, tuple):
         args = example_inputs
     tracer = _Tracer(model)
-    with _evaluating(model), torch.no_grad(), tracer:
+    with unchanged(model, training=False), torch.no_grad(), tracer:
         try:
             model(*args, **kwargs)
         except Exception as e:  # whatever the model's own code raises
-            reason = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:300]}"
-            reason = reason.rstrip(" :.")
-            tensors = list(tensors_in(example_inputs))
+            reason = next(iter(str(e).splitlines()), "").rstrip(".")
+            shapes = [tuple(tensor.shape) for tensor in tensors_in(example_inputs)]
             raise ValueError(
                 f"{type(model).__name__} cannot run on the example inputs "
-                f"({type(example_inputs).__name__}, tensors of shape "
-                f"{[tuple(t.shape) for t in tensors]}{_devices(tensors)}): {reason}. "
-                f"Its forward takes {inspect.signature(model.forward)}"
-                f"{_devices(model.parameters())}; give a tensor, a tuple of positional arguments "
-                f"or a dict of keyword arguments."
+                f"({type(example_inputs).__name__}, tensors of shape {shapes}): "
+                f"{type(e).__name__}: {reason}. Its forward takes "
+                f"{inspect.signature(model.forward)}; give a tensor, a tuple of positional "
+                f"arguments or a dict of keyword arguments."
             ) from e
     return tracer.found
 
@@ -75,19 +73,3 @@ class _Tracer(DataFlow):
         if source not in calls.sources:
             calls.sources.append(source)
         return y
-
-
-def _devices(tensors: Iterable[Tensor]) -> str:
-    devices = sorted({str(tensor.device) for tensor in tensors})
-    return f" on {', '.join(devices)}" if devices else ""
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -20,16 +20,15 @@ def learning_curves(
     ylabel: str,
     *,
     xlabel: str = "epoch",
-    title: str = "",
     highlight: str | None = None,
 ) -> None:
-    """Draw one line a curve, on a log axis, as in the paper's Figure 2.
+    """Draw one line for each curve, on a log axis, as in the paper's Figure 2.
 
     Args:
-        curves: label -> one value an epoch, or iteration -> value; a value that is 0 or not finite
-            leaves a gap.
-        path: the picture to write; its ending gives the format.
-        highlight: draw the curves with this word in their label thick and in front.
+        curves: For each label one value an epoch, or a mapping from iteration to value. A value
+            that is 0 or not finite leaves a gap.
+        path: The picture to write; its ending gives the format.
+        highlight: Curves with this word in their label are drawn thick and in front.
 
     Raises:
         OSError: ``path`` cannot be written.
@@ -51,7 +50,7 @@ def learning_curves(
             linewidth=2.5 if bold else 1.2,
             zorder=3 if bold else 2,
         )
-    axes.set(yscale="log", xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.set(yscale="log", xlabel=xlabel, ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize="small")
@@ -61,14 +60,14 @@ def learning_curves(
 def block_gradients(
     rows: Mapping[str, Sequence[BlockGradient]], path: str | Path, *, title: str = ""
 ) -> None:
-    """Draw measured and predicted K of every unit block, one panel a row, and G below.
+    """Draw measured and predicted K of every unit block, one panel for each row, and G below.
 
     A bar is the measured K, from the line K = 1, where the gradient keeps its scale; the marks are
     what the paper's Eq. (31) and the exact law for linear layers predict for it.
 
     Args:
-        rows: what a panel is called -> measurements of one model; the same blocks in all.
-        path: the picture to write; its ending gives the format.
+        rows: For each panel's name the measurements of one model, with the same blocks in all.
+        path: The picture to write; its ending gives the format.
 
     Raises:
         OSError: ``path`` cannot be written.
@@ -106,7 +105,7 @@ def isometry_curve(rows: Sequence[Any], path: str | Path) -> None:
     """Draw measured B over channels per group, beside the paper's law and the exact one.
 
     Args:
-        rows: Of ``paper.simulation.simulate``.
+        rows: What ``paper.simulation.simulate`` returns.
         path: The picture to write; its ending gives the format.
 
     Raises:

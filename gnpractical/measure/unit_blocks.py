@@ -6,10 +6,7 @@ before, and hooks are removed, also after an error.
 
 from __future__ import annotations
 
-import contextlib
-import random
-import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from gnpractical.layers.activations import ACTIVATION_FUNCTIONS
 from gnpractical.layers.data_flow import DataFlow, Source, Tagged
 from gnpractical.layers.pairing import norm_width
+from gnpractical.layers.unchanged import unchanged
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -106,7 +104,7 @@ def run_batches(
         raise ValueError("gradients cannot be measured inside torch.inference_mode()")
     find_norms(model)
     none = True
-    with _unchanged(model):
+    with unchanged(model, training=True):
         for batch in batches:
             none = False
             calls = _run(model, batch, loss or _default_loss)
@@ -254,17 +252,8 @@ def _run(model: nn.Module, batch: Any, loss: Loss) -> list[BlockCall]:
 def _loss_value(model: nn.Module, batch: Any, loss: Loss) -> Tensor:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module  # its reducer waits for weight gradients, of which there are none
-    try:
-        with torch.enable_grad():
-            value = loss(model, batch)
-    except RuntimeError as e:
-        if re.search("same device|expected device|different devices", str(e)):
-            devices = sorted({str(p.device) for p in model.parameters()})
-            raise ValueError(
-                f"the batch and the model (on {', '.join(devices)}) are on different devices: "
-                f"move the batch first. PyTorch says: {e}"
-            ) from e
-        raise
+    with torch.enable_grad():
+        value = loss(model, batch)
     if not isinstance(value, Tensor) or value.numel() != 1:
         what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
@@ -284,34 +273,3 @@ def _default_loss(model: nn.Module, batch: Any) -> Any:
     if isinstance(output, dict) and all(isinstance(v, Tensor) for v in output.values()):
         return sum(output.values())
     return output
-
-
-@contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Training mode inside; modes, buffers, plain attributes and random state as before outside."""
-    modules = list(model.modules())
-    attributes = [_plain_attributes(module) for module in modules]
-    buffers = [
-        {name: (buffer, buffer.detach().clone()) for name, buffer in m.named_buffers(recurse=False)}
-        for m in modules
-    ]
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    python_random = random.getstate()
-    with torch.random.fork_rng(devices=devices):
-        try:
-            if not model.training:
-                model.train()
-            yield
-        finally:
-            random.setstate(python_random)
-            for module, plain, saved in zip(modules, attributes, buffers, strict=True):
-                vars(module).update(plain)
-                for name, (buffer, value) in saved.items():
-                    buffer.data = value
-                    setattr(module, name, buffer)
-
-
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Running averages and the like that a forward pass may change, as RetinaNet's normalizer."""
-    plain = (bool, int, float, str, type(None))
-    return {name: value for name, value in vars(module).items() if isinstance(value, plain)}

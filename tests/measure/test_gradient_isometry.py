@@ -284,12 +284,6 @@ def test_arguments_of_the_wrong_kind(batches, loss):
             lambda m, b: m(b).sum() * torch.nan,
             "the loss is nan",
         ),
-        (
-            nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4)),
-            [torch.ones(2, 3, device="meta")],
-            lambda m, b: m(b).sum(),
-            "different devices",
-        ),
     ],
 )
 def test_bad_input(model, batches, loss, message):
