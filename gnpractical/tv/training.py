@@ -37,26 +37,27 @@ logger = logging.getLogger(__name__)
 PRINT_PERIOD = 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingRecipe:
     """SGD; the learning rate rises for ``warmup`` iterations and falls along half a cosine.
 
     ``batch_size`` is that of all processes together. The weights and biases of norms do not
-    decay. Gradients are clipped to the norm ``clip_norm``, 0 for not at all.
+    decay. Gradients are clipped to the norm ``clip_grad_norm``, 0 for not at all. With ``amp`` the
+    forward pass is in mixed precision.
     """
 
-    iterations: int
-    batch_size: int
-    lr: float
+    iterations: int = 270000
+    batch_size: int = 16
+    lr: float = 0.02
     warmup: int = 1000
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    clip_norm: float = 0.0
+    clip_grad_norm: float = 0.0
     checkpoint_period: int = 5000
     calibration_batches: int = 2
     workers: int = 2
     seed: int = 0
-    mixed_precision: bool = False
+    amp: bool = False
 
 
 def train(
@@ -86,7 +87,7 @@ def train(
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.SGD(_parameter_groups(model), recipe.lr, recipe.momentum)
-    autocast, scaler = precision(device, recipe.mixed_precision)
+    autocast, scaler = precision(device, recipe.amp)
     checkpointer = TorchvisionCheckpointer(
         model,
         output_dir,
@@ -129,9 +130,9 @@ def train(
                 )
             optimizer.zero_grad()
             scaler.scale(total).backward()
-            if recipe.clip_norm:
+            if recipe.clip_grad_norm:
                 scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad_norm)
             scaler.step(optimizer)
             scaler.update()
             metrics.step(iteration, losses | {"total_loss": total}, lr)

@@ -16,13 +16,24 @@ TINY = ["--quick", "--min-size", "64", "--lr", "0.001", "--checkpoint-period", "
 def run(environment, *args, launcher=(sys.executable,)):
     return subprocess.run(
         [*launcher, TOOL, *TINY, *args],
-        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=300,
+    )
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate_and_one_evaluates_again(environment, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc-per-node", "2"]  # fmt: skip
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     done = run(environment, "--iterations", "2", "--output-dir", str(tmp_path), launcher=torchrun)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     last = done.stdout.splitlines()[-1]
@@ -33,9 +44,19 @@ def test_two_processes_train_and_evaluate_and_one_evaluates_again(environment, t
     assert again.stdout.splitlines()[-1] == last  # the images were each predicted once
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(environment, tmp_path, kill_after):
-    opts = ["--iterations", "12", "--model", "fasterrcnn_resnet_fpn", "--norm", "GN_1",
-            "--weight-standardization", "--output-dir", str(tmp_path)]  # fmt: skip
+    opts = [
+        "--iterations",
+        "12",
+        "--model",
+        "fasterrcnn_resnet_fpn",
+        "--norm",
+        "GN_1",
+        "--weight-standardization",
+        "--output-dir",
+        str(tmp_path),
+    ]
     command = [sys.executable, TOOL, *TINY, *opts]
     kill_after(command, environment, tmp_path / "model_0000002.pth")
     assert not (tmp_path / "model_final.pth").exists()
@@ -68,6 +89,4 @@ def test_killed_and_resumed(environment, tmp_path, kill_after):
 )
 def test_bad_input_in_one_line(error_of, environment, tmp_path, monkeypatch, args, expected):
     monkeypatch.setenv("DETECTRON2_DATASETS", environment["DETECTRON2_DATASETS"])
-    assert expected in error_of(
-        "train_torchvision.py", *TINY, "--output-dir", tmp_path, *args
-    )
+    assert expected in error_of("train_torchvision.py", *TINY, "--output-dir", tmp_path, *args)

@@ -30,7 +30,7 @@ def dataset(datasets_dir):
 
 def recipe(iterations, **options):
     defaults = {"batch_size": 2, "lr": 0.005, "warmup": 1, "workers": 0, "checkpoint_period": 2}
-    return TrainingRecipe(iterations, **defaults | options)
+    return TrainingRecipe(iterations=iterations, **defaults | options)
 
 
 def metrics_of(folder):
@@ -132,7 +132,7 @@ def test_bare_weights_of_other_classes_load_with_a_warning(
 def test_mixed_precision_and_clipping(tiny_panoptic, dataset, tmp_path):
     model = tiny_panoptic()
     before = model.backbone.body.conv1.weight.detach().clone()
-    train(model, dataset, recipe(1, mixed_precision=True, clip_norm=1e-9), str(tmp_path))
+    train(model, dataset, recipe(1, amp=True, clip_grad_norm=1e-9), str(tmp_path))
     after = model.backbone.body.conv1.weight
     assert after.dtype == torch.float32
     # Gradients are clipped to nothing: what is left is weight decay.
@@ -140,7 +140,7 @@ def test_mixed_precision_and_clipping(tiny_panoptic, dataset, tmp_path):
 
 
 def test_learning_rate_rises_and_falls():
-    plan = TrainingRecipe(100, 2, 0.1, warmup=9)
+    plan = TrainingRecipe(iterations=100, batch_size=2, lr=0.1, warmup=9)
     factors = [_lr_factor(plan, i) for i in range(100)]
     assert factors[0] == pytest.approx(0.1, abs=0.001) and max(factors) < 1
     assert factors.index(max(factors)) == 9

@@ -1,0 +1,159 @@
+"""One run of ``tools/train_torchvision.py``: data, model, training, evaluation."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from gnpractical.datasets.coco_files import datasets_root
+from gnpractical.measure.calibration import measured_norms
+from gnpractical.runs.output_dir import check_disk_space, check_output_dir, write_group_report
+from gnpractical.tv import distributed, fasterrcnn_resnet_fpn, panoptic_fpn_resnet, quick
+from gnpractical.tv.checkpoint import TorchvisionCheckpointer
+from gnpractical.tv.datasets import CocoImages, check_categories, open_split
+from gnpractical.tv.evaluation import evaluate
+from gnpractical.tv.training import TrainingRecipe, train, write_scores
+
+MODELS = ("panoptic_fpn_resnet", "fasterrcnn_resnet_fpn")
+HEADLINES = {"bbox/AP": "bbox AP", "segm/AP": "segm AP", "panoptic_seg/PQ": "panoptic_seg PQ"}
+# The least value of each number among the options.
+_LEAST = dict.fromkeys(("iterations", "batch_size", "checkpoint_period", "max_size"), 1)
+_LEAST |= dict.fromkeys(("calibration_batches", "min_size"), 1)
+_LEAST |= dict.fromkeys(("warmup", "workers", "lr", "weight_decay", "clip_grad_norm"), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(TrainingRecipe):
+    """The script's options; its ``--help`` describes them."""
+
+    output_dir: str
+    model: str = MODELS[0]
+    depth: int = 50
+    norm: str = "GN_PRACTICAL"
+    weight_standardization: bool = False
+    quick: bool = False
+    data_path: str = field(default_factory=datasets_root)
+    dataset: str = "coco"
+    check_annotations: bool = True
+    weights: str = ""
+    resume: bool = False
+    checkpoint_mismatch: str = "error"
+    test_only: bool = False
+    device: str | None = None
+    min_size: Sequence[int] = (640, 672, 704, 736, 768, 800)
+    max_size: int = 1333
+
+
+def run(options: RunOptions) -> None:
+    """Train, unless only to be tested, evaluate, and print where the results are.
+
+    Raises:
+        ValueError, OSError: The options contradict one another, or the data, the weights or the
+            output folder are not as they must be.
+        FloatingPointError: The loss is not finite.
+    """
+    _check(options)
+    device = distributed.start(options.device)
+    _log_to(options.output_dir)
+    torch.manual_seed(options.seed)
+    val = _open(options, "val")
+    if options.test_only:
+        model = _build(options, val).to(device)
+        iteration = _load(model, options)
+    else:
+        train_split = _open(options, "train")
+        check_categories(train_split, val)
+        torch.manual_seed(options.seed)
+        model = _build(options, val).to(device)
+        kept = options.iterations // options.checkpoint_period + 1
+        check_disk_space(options.output_dir, model, kept, "--output-dir")
+        train(
+            model,
+            train_split,
+            options,
+            options.output_dir,
+            weights=options.weights,
+            resume=options.resume,
+            mismatch=options.checkpoint_mismatch,
+        )
+        iteration = options.iterations - 1
+    folder = os.path.join(options.output_dir, "inference")
+    scores = evaluate(model, val, folder, device, options.workers)
+    if scores:  # on rank 0
+        write_scores(options.output_dir, iteration, scores)
+        text = ", ".join(f"{HEADLINES[k]} {v:.1f}" for k, v in scores.items() if k in HEADLINES)
+        print(
+            f"{text}. Group counts: {options.output_dir}/groups.json. "
+            f"Predictions: {folder}/predictions.png"
+        )
+    distributed.stop()
+
+
+def _check(options: RunOptions) -> None:
+    for name, least in _LEAST.items():
+        value = getattr(options, name)
+        if not (min(value) if name == "min_size" else value) >= least:  # nor nan
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if options.batch_size % processes and not options.test_only:
+        raise ValueError(
+            f"--batch-size {options.batch_size} must be a multiple of the number of processes, "
+            f"{processes}"
+        )
+    if options.test_only and options.resume == bool(options.weights):
+        raise ValueError(
+            "--test-only needs either --weights FILE, or --resume for the run's last checkpoint"
+        )
+    check_output_dir(options.output_dir, "--output-dir")
+    last = os.path.join(options.output_dir, "last_checkpoint")
+    if options.test_only and options.resume and not os.path.exists(last):
+        raise ValueError(f"--resume: there is no checkpoint in {options.output_dir!r}")
+
+
+def _log_to(output_dir: str) -> None:
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if distributed.rank() == 0:
+        handlers.append(logging.FileHandler(os.path.join(output_dir, "log.txt")))
+    level = logging.INFO if distributed.rank() == 0 else logging.WARNING
+    logging.basicConfig(
+        level=level, handlers=handlers, format="[%(asctime)s] %(message)s", datefmt="%m/%d %H:%M:%S"
+    )
+
+
+def _open(options: RunOptions, split: str) -> CocoImages:
+    panoptic, check = options.model == "panoptic_fpn_resnet", options.check_annotations
+    return open_split(options.data_path, options.dataset, split, panoptic=panoptic, check=check)
+
+
+def _build(options: RunOptions, dataset: CocoImages) -> nn.Module:
+    names = ("depth", "norm", "weight_standardization", "min_size", "max_size")
+    arguments = {name: getattr(options, name) for name in names}
+    if options.model == "fasterrcnn_resnet_fpn":
+        arguments |= quick.faster_rcnn() if options.quick else {}
+        return fasterrcnn_resnet_fpn(num_classes=len(dataset.things) + 1, **arguments)
+    arguments |= quick.panoptic_fpn() if options.quick else {}
+    return panoptic_fpn_resnet(
+        num_things=len(dataset.things), num_stuff=len(dataset.stuff), **arguments
+    )
+
+
+def _load(model: nn.Module, options: RunOptions) -> int:
+    """Load what is to be evaluated; the iteration it was saved at."""
+    checkpointer = TorchvisionCheckpointer(
+        model, options.output_dir, mismatch=options.checkpoint_mismatch
+    )
+    path = options.weights or checkpointer.get_checkpoint_file()
+    iteration = checkpointer.load_all(path, checkpointables=[]).get("iteration", -1)
+    if any(norm.num_groups is None for norm in measured_norms(model).values()):
+        raise ValueError(
+            f"{path} has no measured group counts: it was not trained with --norm GN_MEASURED"
+        )
+    if distributed.rank() == 0:
+        write_group_report(model, options.output_dir)
+    return iteration
