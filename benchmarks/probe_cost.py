@@ -27,7 +27,7 @@ def main():
         cfg = load_config("configs/quick/pfpn_gnp_shapes.yaml", ["OUTPUT_DIR", output])
         adapt_to_device(cfg)
         trainer = Trainer(cfg)
-        batches = trainer.first_batches(1)
+        batches = trainer.extra_batches(1)
         steps, probes = [], []
         for _ in range(args.steps + 4):
             start = time.perf_counter()
