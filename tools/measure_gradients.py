@@ -25,17 +25,20 @@ from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
 from gnpractical import calibrate, measure_gradient_variance
-from gnpractical.analysis.experiments import check_rows, norm_name_of
-from gnpractical.analysis.gradient_isometry import mean_abs_log
-from gnpractical.analysis.plots import block_gradients
 from gnpractical.d2 import load_config
 from gnpractical.d2.checkpoint import GNPCheckpointer
 from gnpractical.d2.norm import group_norm_keys
 from gnpractical.d2.preflight import check_datasets
 from gnpractical.d2.trainer import adapt_to_device
+from gnpractical.measure.gradient_isometry import mean_abs_log
+from gnpractical.measure.plots import block_gradients
 from gnpractical.num_groups import check_width
+from gnpractical.paper.results import norm_name_of
 
 ROWS = ["32", "1", "practical", "exact", "measured"]
+COLUMNS = (
+    "in_channels out_channels num_groups activation ratio skipped_calls skipped_reason".split()
+)
 
 
 def parse_args():
@@ -43,8 +46,7 @@ def parse_args():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, metavar="FILE")
-    parser.add_argument("--groups", nargs="+", default=ROWS, metavar="ROW",
-                        help="numbers that divide all widths, or rules")  # fmt: skip
+    parser.add_argument("--groups", nargs="+", default=ROWS, metavar="ROW", help="numbers, rules")
     parser.add_argument("--batches", type=int, default=2, help="to measure, and to calibrate, on")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="config overrides, KEY VALUE ...")
@@ -71,13 +73,13 @@ def step_seconds(model, batches):
     return (time.perf_counter() - start) / len(batches)
 
 
-def measure(args, cfg):
-    """Measurements by row, and the blocks where some count has K on either side of 1."""
+def measure(args, cfg, norms):
+    """Return measurements by row, and the blocks where some count has K on either side of 1."""
     batches = list(islice(iter(build_detection_train_loader(cfg)), 2 * args.batches))
     fresh, first = batches[: args.batches], batches[args.batches :]
     rows, reachable = {}, set()
-    for row in args.groups:
-        model = build(cfg, norm_name_of(row))
+    for row, norm in norms.items():
+        model = build(cfg, norm)
         if row == "measured":
             start = time.perf_counter()
             chosen = calibrate(model, first)
@@ -95,10 +97,12 @@ def report(rows, reachable):
     layers = next(iter(rows.values()))
     table = [
         [layer.name, layer.in_channels, layer.out_channels]
-        + [f"{blocks[i].num_groups}: {blocks[i].ratio:.2f}" if blocks[i].ratio else "-"
-           for blocks in rows.values()]
+        + [
+            f"{blocks[i].num_groups}: {blocks[i].ratio:.2f}" if blocks[i].ratio else "-"
+            for blocks in rows.values()
+        ]
         for i, layer in enumerate(layers)
-    ]  # fmt: skip
+    ]
     titles = [f"G: K at {row}" for row in rows]
     print(tabulate(table, ["layer", "in", "out", *titles], disable_numparse=True))
     summary = [["all", len(layers), *map(mean_abs_log, rows.values())]]
@@ -113,12 +117,10 @@ def report(rows, reachable):
 def write_csv(rows, path):
     with open(path, "w", newline="") as f:
         writer = csv.writer(f)
-        writer.writerow(["row", "layer", "in_channels", "out_channels", "num_groups", "activation",
-                         "ratio", "left_out", "reason"])  # fmt: skip
+        writer.writerow(["row", "layer", *COLUMNS])
         for row, blocks in rows.items():
-            for b in blocks:
-                writer.writerow([row, b.name, b.in_channels, b.out_channels, b.num_groups,
-                                 b.activation, b.ratio, b.left_out, b.reason])  # fmt: skip
+            for block in blocks:
+                writer.writerow([row, block.name, *(getattr(block, name) for name in COLUMNS)])
 
 
 def main():
@@ -127,12 +129,12 @@ def main():
     try:
         cfg = load_config(args.config_file, args.opts)
         adapt_to_device(cfg)
-        check_rows(args.groups)
+        norms = {row: norm_name_of(row) for row in args.groups}
         check_width("--batches", args.batches)
         args.output.mkdir(parents=True, exist_ok=True)
         check_datasets(cfg, cfg.DATASETS.TRAIN)
         with EventStorage():
-            rows, reachable = measure(args, cfg)
+            rows, reachable = measure(args, cfg, norms)
         report(rows, reachable)
         write_csv(rows, args.output / "gradients.csv")
         block_gradients(rows, args.output / "gradients.png", title=args.config_file)

@@ -21,9 +21,12 @@ def main():
     parser.add_argument("--root", required=True, type=Path, metavar="DIR", help="COCO's folder")
     parser.add_argument("--output", type=Path, metavar="DIR", help="written here instead of --root")
     parser.add_argument(
-        "--splits", nargs="+", default=["train2017", "val2017"], metavar="SPLIT",
+        "--splits",
+        nargs="+",
+        default=["train2017", "val2017"],
+        metavar="SPLIT",
         help="default: train2017 val2017",
-    )  # fmt: skip
+    )
     parser.add_argument("--workers", type=int, help="threads; default: one a core")
     args = parser.parse_args()
 

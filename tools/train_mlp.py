@@ -7,39 +7,43 @@
 the G that the rules practical, exact and measured choose. Pixels are scaled to mean 0 and standard
 deviation 1 over the training set; no augmentation. The paper's appendix with its hyperparameters
 is not available: the recipe is this tool's, and only the shape of the table can be expected to
-agree. An interrupted experiment goes on where it was: runs in OUTPUT/results.json are not repeated.
+agree. An interrupted experiment goes on where it was, within a run by the epoch.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torchvision.datasets import MNIST
-from tqdm import tqdm
 
-import gnpractical
-from gnpractical.analysis.experiments import (
-    Results,
-    check_options,
-    format_summaries,
-    norm_name_of,
-    summarize,
-)
-from gnpractical.analysis.plots import learning_curves
-from gnpractical.analysis.training import Recipe, first_line, fit, resolve_device
+from gnpractical import calibrate
 from gnpractical.layers import group_norm_from_name
+from gnpractical.measure.plots import learning_curves
 from gnpractical.num_groups import check_num_groups
+from gnpractical.paper.classifier import fit
+from gnpractical.paper.results import Results, check_options, format_results, norm_name_of
+from gnpractical.runs.device import resolve_device
+from gnpractical.runs.errors import first_line
 
 PIXELS, HIDDEN, CLASSES = 28 * 28, 512, 10
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to [0, 1]
 ROWS = [*(str(2**i) for i in range(10)), "practical", "exact", "measured"]
 PAPER = {
-    "1": 1.827, "2": 1.720, "4": 1.773, "8": 1.730, "16": 1.727, "32": 1.720, "64": 1.670,
-    "128": 1.753, "256": 3.240, "512": 88.650,
-}  # fmt: skip
+    "1": 1.827,
+    "2": 1.720,
+    "4": 1.773,
+    "8": 1.730,
+    "16": 1.727,
+    "32": 1.720,
+    "64": 1.670,
+    "128": 1.753,
+    "256": 3.240,
+    "512": 88.650,
+}
 
 
 class Shuffled:
@@ -73,12 +77,12 @@ def build(norm):
 
 
 def num_groups_of(row, images, labels):
-    """The G of a row; a measured one is measured once, on the first seed's untrained model."""
+    """Return the G of a row; a measured one is of the first seed's untrained model."""
     torch.manual_seed(0)
     model = build(group_norm_from_name(norm_name_of(row), HIDDEN))
     if row == "measured":
         batches = list(zip(images[:2048].split(256), labels[:2048].split(256), strict=True))
-        gnpractical.calibrate(model, batches, loss=lambda m, b: F.cross_entropy(m(b[0]), b[1]))
+        calibrate(model, batches, loss=lambda m, b: F.cross_entropy(m(b[0]), b[1]))
     check_num_groups(model[1].num_groups, HIDDEN)
     return model[1].num_groups
 
@@ -95,7 +99,7 @@ def parse_args():
     parser.add_argument("--weight-decay", type=float, default=1e-4)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--data", default="datasets", help="root of torchvision's MNIST")
-    parser.add_argument("--output", default="output/table3")
+    parser.add_argument("--output", type=Path, default="output/table3")
     parser.add_argument("--device", help="the GPU where there is one, else cpu")
     return parser.parse_args()
 
@@ -112,30 +116,28 @@ def main(args):
         label += [] if row.isdecimal() else [f"*{row}"]
     names = {str(g): " ".join([str(g), *dict.fromkeys(r)]) for g, r in sorted(labels_of.items())}
 
-    recipe = Recipe(args.epochs, args.lr, args.momentum, args.weight_decay)
+    recipe = {name: settings[name] for name in ("epochs", "lr", "momentum", "weight_decay")}
     settings |= {"train_images": len(images), "test_images": len(test_images)}
-    results = Results(Path(args.output) / "results.json", settings)
+    results = Results(args.output / "results.json", settings)
     train_batches = Shuffled(images.to(device), labels.to(device), args.batch_size)
     test_batches = list(
         zip(test_images.to(device).split(1000), test_labels.to(device).split(1000), strict=True)
     )
 
-    def train(row, seed):
+    def train(row, seed, checkpoint):
         torch.manual_seed(seed)
         # Not PracticalGroupNorm: it refuses to train 512 groups of a single value, which are all
         # zero. The paper trained them (88.65 %, one answer for every image), so this table does.
-        model = build(nn.GroupNorm(int(row), HIDDEN))
-        return fit(model, train_batches, test_batches, recipe, seed, device=device)
+        model = build(nn.GroupNorm(int(row), HIDDEN)).to(device)
+        return fit(model, train_batches, test_batches, seed, checkpoint, **recipe)
 
-    records = []
-    with tqdm(results.run(list(names), args.seeds, train), total=len(names) * args.seeds) as runs:
-        for r in runs:
-            records.append(r)
-            runs.write(f"G {r.row}, seed {r.seed}: {r.test_error:.2f} %, {r.seconds:.0f} s")
-    summaries = summarize(records)
-    print(format_summaries(summaries, names, PAPER))
-    figure = Path(args.output) / "train_loss.png"
-    curves = {names[s.row]: s.train_losses for s in summaries}
+    runs = results.run(list(names), args.seeds, train)
+    print(format_results(runs, names, PAPER))
+    curves = {
+        names[row]: [fmean(losses) for losses in zip(*(r.train_losses for r in held), strict=True)]
+        for row, held in runs.items()
+    }
+    figure = args.output / "train_loss.png"
     learning_curves(curves, figure, "train loss", highlight="practical")
     print(f"Learning curves: {figure}. Runs: {results.path}.")
 

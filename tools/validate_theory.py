@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Check the paper's numbers (arXiv 2302.03193) by computing them again.
 
-python tools/validate_theory.py gains [--samples N] [--seed S] [--csv FILE]
+python tools/validate_theory.py gains [--csv FILE]
 python tools/validate_theory.py gradients [--trials N] [--seed S] [--csv FILE] [--plot FILE]
 
-gains: Table 2, the activation gains: integral, samples and the paper's value.
+gains: Table 2, the activation gains: the integral and the paper's value.
 gradients: Table 1, Eqs. A to D by autograd on random blocks, beside the paper's law and the exact
 one, for the paper's four settings and for 4 to 512 channels per group.
 """
@@ -13,20 +13,15 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import functools
 import sys
 from pathlib import Path
 
+from tabulate import tabulate
 from tqdm import tqdm
 
-from gnpractical.analysis.activation_gains import PAPER_SAMPLES, format_gains, gain_table
-from gnpractical.analysis.gradient_simulation import (
-    PAPER_ROWS,
-    SWEEP_ROWS,
-    format_simulation,
-    simulate,
-)
-from gnpractical.analysis.plots import isometry_curve
+from gnpractical.measure.plots import isometry_curve
+from gnpractical.paper.gain_table import format_gains, gain_table
+from gnpractical.paper.simulation import PAPER_ROWS, SWEEP_ROWS, simulate
 
 
 def parse_args():
@@ -36,19 +31,17 @@ def parse_args():
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("gains", help="Table 2: the gains of eleven activations")
-    command.add_argument(
-        "--samples", type=int, default=PAPER_SAMPLES, metavar="N",
-        help="for each activation and sigma; default: 10^7 as in the paper, about half a minute",
-    )  # fmt: skip
-    command.add_argument("--seed", type=int, default=0)
     command.add_argument("--csv", type=Path, metavar="FILE", help="write the table here too")
     command.set_defaults(run=gains)
 
     command = commands.add_parser("gradients", help="Table 1: the gradient's variance in a block")
     command.add_argument(
-        "--trials", type=int, default=100_000, metavar="N",
+        "--trials",
+        type=int,
+        default=100_000,
+        metavar="N",
         help="for each setting; default: 10^5 as in the paper, some minutes",
-    )  # fmt: skip
+    )
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--csv", type=Path, metavar="FILE", help="write the table here too")
     command.add_argument("--plot", type=Path, metavar="FILE", help="draw B over channels per group")
@@ -58,36 +51,36 @@ def parse_args():
 
 
 def gains(args):
-    with contextlib.ExitStack() as stack:
-        # Opened first: a bad path is not found out only after the sampling.
-        file = stack.enter_context(args.csv.open("w", newline="")) if args.csv else None
-        rows = gain_table(
-            args.samples, args.seed, lambda steps: tqdm(steps, desc="sampling", disable=None)
-        )
-        if file:
-            judged = ({"near_paper": r.near_paper, "note": r.note} for r in rows)
-            write_csv(file, [dataclasses.asdict(r) | j for r, j in zip(rows, judged, strict=True)])
+    rows = gain_table()
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            write_csv(file, [dataclasses.asdict(r) | {"near_paper": r.near_paper} for r in rows])
     print(format_gains(rows))
 
 
 def gradients(args):
     with contextlib.ExitStack() as stack:
+        # Opened first: a bad path is not found out only after the sampling.
         file = stack.enter_context(args.csv.open("w", newline="")) if args.csv else None
         if args.plot:
             args.plot.touch()
-        rows = {}
-        for setting in (*PAPER_ROWS, *SWEEP_ROWS):
-            bar = functools.partial(tqdm, desc=f"in, out, G = {setting}", disable=None, leave=False)
-            rows[setting] = simulate(*setting, args.trials, args.seed, progress=bar)
+        rows = dict.fromkeys((*PAPER_ROWS, *SWEEP_ROWS))  # which have one setting in common
+        for setting in tqdm(rows, unit="setting", disable=None):
+            rows[setting] = simulate(*setting, args.trials, args.seed)
         if file:
             write_csv(file, [dataclasses.asdict(r) for setting in rows.values() for r in setting])
     print("The paper's settings; at 4 channels per group its law and the exact one agree.")
-    print(format_simulation(r for setting in PAPER_ROWS for r in rows[setting]))
+    print(table_of(r for setting in PAPER_ROWS for r in rows[setting]))
     print("\nOther channels per group")
     sweep = [r for setting in SWEEP_ROWS for r in rows[setting] if r.equation in ("B", "D")]
-    print(format_simulation(sweep))
+    print(table_of(sweep))
     if args.plot:
         isometry_curve(sweep, args.plot)
+
+
+def table_of(rows):
+    records = [{"n_g": r.channels_per_group} | dataclasses.asdict(r) for r in rows]
+    return tabulate(records, headers="keys", floatfmt=".4f")
 
 
 def write_csv(file, records):

@@ -27,6 +27,13 @@ from gnpractical.datasets.panoptic_evaluation import evaluate_panoptic, panoptic
 from gnpractical.datasets.pictures import PictureGrid, draw_boxes, draw_segments
 
 
+_EVALUATORS = {
+    "cityscapes_instance": CityscapesInstanceEvaluator,
+    "cityscapes_sem_seg": CityscapesSemSegEvaluator,
+    "pascal_voc": PascalVOCDetectionEvaluator,
+}
+
+
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str | None = None):
     """The evaluators for what ``cfg``'s model predicts on ``dataset_name``.
 
@@ -38,12 +45,8 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_dir: str | None = No
     """
     output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if kind == "cityscapes_instance":
-        return CityscapesInstanceEvaluator(dataset_name)
-    if kind == "cityscapes_sem_seg":
-        return CityscapesSemSegEvaluator(dataset_name)
-    if kind == "pascal_voc":
-        return PascalVOCDetectionEvaluator(dataset_name)
+    if kind in _EVALUATORS:
+        return _EVALUATORS[kind](dataset_name)
     if kind == "lvis":
         return LVISEvaluator(dataset_name, output_dir=output_dir)
     evaluators: list[DatasetEvaluator] = []

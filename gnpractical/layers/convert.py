@@ -231,9 +231,9 @@ def _feeding_sources(
         if norm in calls:
             feeding[norm] = _one_source(calls[norm].sources, norm_width(norm))
         elif norm not in feeding or feeding[norm][0] is None:
-            widths = [layer_widths(layer) or (0, 0) for layer in pair.layers.values()]
-            total = [sum(sizes) for sizes in zip(*widths, strict=True)]
-            source = Source(*total, tuple(pair.layers), 0) if total else None
+            widths = [width for layer in pair.layers.values() if (width := layer_widths(layer))]
+            total_in, total_out = (sum(width[i] for width in widths) for i in (0, 1))
+            source = Source(total_in, total_out, tuple(pair.layers), 0) if widths else None
             feeding[norm] = source, "no layer before it in its module feeds it"
     return feeding
 

@@ -35,8 +35,11 @@ def environment(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("datasets")
     make_shapes(root, {"train": 8, "val": 4})
-    return os.environ | {"DETECTRON2_DATASETS": str(root), "PYTHONWARNINGS": "ignore",
-                         "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    return os.environ | {
+        "DETECTRON2_DATASETS": str(root),
+        "PYTHONWARNINGS": "ignore",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 @pytest.fixture
@@ -45,9 +48,12 @@ def kill_after():
 
     def run(command, environment, path):
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         deadline = time.time() + 120
         while not path.exists():
             assert process.poll() is None and time.time() < deadline

@@ -10,19 +10,28 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ["--config-file", "configs/quick/pfpn_gnp_shapes.yaml"]
-TINY = [
-    "MODEL.FPN.OUT_CHANNELS", "32", "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64",
-    "SOLVER.IMS_PER_BATCH", "2", "SOLVER.BASE_LR", "0.001", "DATALOADER.NUM_WORKERS", "0",
-]  # fmt: skip
+TINY = (
+    "MODEL.FPN.OUT_CHANNELS 32 INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 "
+    "SOLVER.IMS_PER_BATCH 2 SOLVER.BASE_LR 0.001 DATALOADER.NUM_WORKERS 0"
+).split()
+NO_GROUP_NORM = (
+    "MODEL.BACKBONE.NAME build_resnet_fpn_backbone MODEL.RESNETS.NORM BN MODEL.FPN.NORM BN "
+    "MODEL.ROI_BOX_HEAD.NORM BN MODEL.ROI_MASK_HEAD.NORM BN MODEL.SEM_SEG_HEAD.NORM BN"
+).split()
 
 
 def run(environment, tool, *args):
     return subprocess.run(
         [sys.executable, str(ROOT / "tools" / tool), *map(str, args)],
-        capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=300,
+    )
 
 
+@pytest.mark.slow
 def test_rows_are_trained_once_and_compared(environment, tmp_path, error_of):
     args = [*CONFIG, "--groups", "32", "measured", "--seeds", "1", "--output", tmp_path, *TINY]
     first = run(environment, "compare_groups.py", *args, "SOLVER.MAX_ITER", "2")
@@ -60,31 +69,32 @@ def test_rows_are_trained_once_and_compared(environment, tmp_path, error_of):
 @pytest.mark.parametrize(
     "tool, args, expected",
     [
-        ("compare_groups.py", ["--groups", "many", "--output", "{tmp}"],
-         "--groups takes practical, closest"),
+        (
+            "compare_groups.py",
+            ["--groups", "many", "--output", "{tmp}"],
+            "--groups takes practical, closest",
+        ),
         ("compare_groups.py", ["--seeds", "0", "--output", "{tmp}"], "--seeds must be at least 1"),
         ("compare_groups.py", ["--groups", "48", "--output", "{tmp}", *TINY], "row 48: GN_48"),
-        ("compare_groups.py",
-         ["--output", "{tmp}", "MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone",
-          "MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.ROI_MASK_HEAD.NORM", "BN",
-          "MODEL.SEM_SEG_HEAD.NORM", "BN", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"],
-         "its model has no GroupNorm"),
+        ("compare_groups.py", ["--output", "{tmp}", *NO_GROUP_NORM], "has no GroupNorm"),
         ("measure_gradients.py", ["--groups", "many", "--output", "{tmp}"], "--groups takes"),
         ("measure_gradients.py", ["--batches", "0", "--output", "{tmp}"], "--batches must be"),
         ("measure_gradients.py", ["--output", "/dev/null/x"], "/dev/null/x"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_in_one_line(tmp_path, error_of, tool, args, expected):
     args = [*CONFIG, *(a.format(tmp=tmp_path / "out") for a in args)]
     assert expected in error_of(tool, *args)
 
 
+@pytest.mark.slow
 def test_gradients_are_measured_for_every_row(environment, tmp_path):
-    done = run(environment, "measure_gradients.py", *CONFIG, "--groups", "1", "measured",
-               "--batches", "1", "--output", tmp_path, *TINY)  # fmt: skip
+    rows = ["--groups", "1", "measured", "--batches", "1"]
+    done = run(environment, "measure_gradients.py", *CONFIG, *rows, "--output", tmp_path, *TINY)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = (tmp_path / "gradients.csv").read_text().splitlines()
     layers = sum(line.startswith("1,") for line in lines)
     assert len(lines) == 1 + 2 * layers and layers > 20
+    assert lines[0].startswith("row,layer,") and lines[0].endswith("skipped_calls,skipped_reason")
     assert "Calibrated" in done.stdout and "K = 1 reachable" in done.stdout
     assert (tmp_path / "gradients.png").stat().st_size > 0

@@ -17,7 +17,7 @@ SMALL = ["--epochs", "2", "--seeds", "2", "--batch-size", "32", "--device", "cpu
 def run(*args):
     return subprocess.run(
         [sys.executable, TOOL, *map(str, args)], capture_output=True, text=True, timeout=120
-    )  # fmt: skip
+    )
 
 
 def write_idx(path, array):
@@ -45,14 +45,14 @@ def records(output):
     return json.loads((output / "results.json").read_text())["records"]
 
 
+@pytest.mark.slow
 def test_table_figure_and_resumption(data, tmp_path, error_of):
     output = tmp_path / "new" / "out"
     done = run(*SMALL, "--data", data, "--output", output, "--groups", "practical", 512, 64, 1)
     assert done.returncode == 0, done.stderr
     first = records(output)
-    assert sorted((r["row"], r["seed"]) for r in first) == [
-        ("1", 0), ("1", 1), ("512", 0), ("512", 1), ("64", 0), ("64", 1)
-    ]  # fmt: skip
+    assert [r["row"] for r in first] == ["1", "64", "512"] * 2
+    assert [r["seed"] for r in first] == [0, 0, 0, 1, 1, 1]
     for r in first:
         assert len(r["train_losses"]) == len(r["test_errors"]) == 2
         assert r["test_error"] == r["test_errors"][-1]
@@ -64,7 +64,6 @@ def test_table_figure_and_resumption(data, tmp_path, error_of):
     assert list(table) == ["1", "64", "512"]
     assert table["64"][1:3] == ["*practical", "2"] and table["64"][6] == "1.670"
     assert table["512"][1:6] == ["2", "90.00", "+-", "0.00", "88.650"]
-    assert "Lowest test error: " in done.stdout and "Fastest falling" in done.stdout
     figure = (output / "train_loss.png").read_bytes()
     assert figure.startswith(b"\x89PNG")
 
@@ -81,16 +80,14 @@ def test_table_figure_and_resumption(data, tmp_path, error_of):
     assert records(output)[:6] == first
 
 
+@pytest.mark.slow
 def test_rules_choose_divisors(data, tmp_path):
     rules = ["practical", "exact", "measured"]
-    done = run(
-        *SMALL, "--seeds", 1, "--epochs", 1,
-        "--data", data, "--output", tmp_path, "--groups", *rules,
-    )  # fmt: skip
+    small = [*SMALL, "--seeds", 1, "--epochs", 1, "--data", data, "--output", tmp_path]
+    done = run(*small, "--groups", *rules)
     assert done.returncode == 0, done.stderr
     for rule in rules:
-        (line,) = {x for x in done.stdout.splitlines() if f"*{rule}" in x and "test" not in x
-                   and "train" not in x}  # fmt: skip
+        (line,) = (x for x in done.stdout.splitlines() if f"*{rule}" in x)
         assert 512 % int(line.split()[0]) == 0
     assert len({r["row"] for r in records(tmp_path)}) == len(records(tmp_path))
 
@@ -109,8 +106,7 @@ def test_bad_input_in_one_line(data, tmp_path, error_of, args, expected):
     assert expected in error_of(TOOL, "--data", data, "--output", tmp_path, *args)
 
 
-def test_damaged_results_in_one_line(data, tmp_path):
+def test_damaged_results_in_one_line(data, tmp_path, error_of):
     (tmp_path / "results.json").write_text('{"settings"')
-    done = run("--data", data, "--output", tmp_path, "--groups", "1")
-    assert done.returncode == 1  # and nothing but the one line on stderr
-    assert len(done.stderr.splitlines()) == 1 and "must be a results file" in done.stderr
+    error = error_of(TOOL, "--data", data, "--output", tmp_path, "--groups", "1")
+    assert f"{tmp_path / 'results.json'} must be a results file" in error
