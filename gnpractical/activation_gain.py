@@ -18,18 +18,11 @@ from dataclasses import dataclass
 from functools import partial
 from numbers import Real
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LARGEST = 1e6  # Of sigma, 1 / sigma and |slope|.
-
-# Gauss-Lobatto quadrature with 20 nodes. The two at the ends of a panel see a kink however close to
-# them it is. They are inside by a trifle, because an end may itself be a kink.
-_BASIS = np.polynomial.Legendre.basis(19)
-_LOBATTO = np.array([-1 + 1e-13, *_BASIS.deriv().roots(), 1 - 1e-13])
-_NODES, _WEIGHTS = torch.from_numpy(np.stack([_LOBATTO, 2 / (20 * 19 * _BASIS(_LOBATTO) ** 2)]))
+_LARGEST = 1e2  # of sigma, 1 / sigma and |slope|
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     # These are the columns of the paper's Table 2.
@@ -84,9 +77,9 @@ def activation_gain(name: str, sigma: float = 1.0, slope: float | None = None) -
 
     Args:
         name: One of :data:`ACTIVATIONS`, with PyTorch's definition at its default parameters.
-        sigma: The standard deviation of the input, from 1e-6 to 1e6; it is 1 behind a GroupNorm.
+        sigma: The standard deviation of the input, from 0.01 to 100; it is 1 behind a GroupNorm.
         slope: The slope for negative input of ``"prelu"`` (default 0.25) or ``"leaky_relu"``
-            (default 0.01), from -1e6 to 1e6. No other activation has one.
+            (default 0.01), from -100 to 100. No other activation has one.
 
     Raises:
         TypeError: If ``name`` is not a string, or ``sigma`` or ``slope`` not a number.
@@ -112,60 +105,32 @@ def activation_gain(name: str, sigma: float = 1.0, slope: float | None = None) -
 def integrate_gain(function: Callable[[Tensor], Tensor], sigma: float) -> ActivationGain:
     """Integrate an element-wise function: Eqs. (23) and (24), Sec. 2.1 of arXiv 2302.03193.
 
-    Panels are halved until the integral over each agrees with that over its halves, or is too
-    small to count. The relative error is below 1e-8 for all :data:`ACTIVATIONS` and ``sigma``.
+    By the trapezoidal rule on a grid so fine that kinks make a relative error of about 1e-5.
 
     Args:
-        function: A function of float64 tensors, which it may change in place.
-        sigma: The standard deviation of the input, from 1e-6 to 1e6.
+        function: An element-wise function of float64 tensors, which it may change in place.
+        sigma: The standard deviation of the input, from 0.01 to 100.
 
     Raises:
         TypeError: If ``sigma`` is not a number.
-        ValueError: If ``sigma`` is out of range, or the function fails, is not element-wise, is
-            flat everywhere, or has a gain that does not converge.
+        ValueError: If ``sigma`` is out of range, or the function fails, is flat everywhere or not
+            finite.
     """
     sigma = _number("sigma", sigma, minimum=1 / _LARGEST)
-    # Panels first end at 0 and at powers of ten of |x|, so that a bend at |x| of about 1 is seen
-    # however large sigma is. Beyond 12 sigma lies less than 1e-30 of the probability.
-    decades = [10.0**k / sigma for k in range(-6, 8)]
-    ends = np.array([0.0, *(z for z in decades if z < 12), 12.0])
-    ends = np.concatenate([-ends[:0:-1], ends])
-    panels = torch.from_numpy(np.stack([ends[:-1], ends[1:]], axis=1))
-    total = torch.zeros_like(panels[0])
-    for _ in range(60):
-        low, high = panels.unbind(1)
-        middle = panels.mean(1)
-        halves = torch.stack([low, middle, middle, high], 1)
-        whole = _over_panels(function, sigma, panels)
-        both = _over_panels(function, sigma, halves.reshape(-1, 2)).reshape(-1, 2, 2).sum(1)
-        counts = both > 1e-12 * (total + both.sum(0))
-        rough = (counts & ((both - whole).abs() > 1e-11 * both)).any(1)
-        total += both[~rough].sum(0)
-        panels = halves[rough].reshape(-1, 2)
-        if not 0 < len(panels) < 10_000:
-            break
-    if len(panels) or not total[1] > 0:
-        problem = "do not converge" if len(panels) else "are zero"
-        raise ValueError(f"the gains of {function!r} {problem} at sigma {sigma:g}")
-    return ActivationGain(*total.tolist())
-
-
-def _over_panels(function: Callable[[Tensor], Tensor], sigma: float, panels: Tensor) -> Tensor:
-    """Integrate f(X)^2 / sigma^2 and f'(X)^2 over panels (N, 2) of X / sigma, to (N, 2)."""
-    half_width = panels.diff(dim=1) / 2
-    z = panels.mean(1, keepdim=True) + half_width * _NODES
-    density = half_width * _WEIGHTS * torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    # Beyond 12 sigma lies less than 1e-30 of the probability.
+    z = torch.linspace(-12, 12, 2**20 + 1, dtype=torch.float64)
+    density = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
     x = (sigma * z).requires_grad_()
     try:
-        y = function(x * 1).reshape(x.shape)  # "* 1", as a function in place may not write to x.
+        y = function(x * 1).reshape(x.shape)  # "* 1", as a function in place may not write to x
         (slope,) = torch.autograd.grad(y.sum(), x)
-        off = (function(x[::2, ::2] * 1) - y[::2, ::2]).abs().max()
     except Exception as error:
         raise ValueError(f"{function!r} is no element-wise activation: {error}") from error
-    if not off <= 1e-6 * y.abs().max() < math.inf:
-        raise ValueError(f"{function!r} is not element-wise, or not finite at sigma {sigma:g}")
-    y = y.detach() / sigma
-    return torch.stack([(density * y * y).sum(1), (density * slope * slope).sum(1)], 1)
+    forward = torch.trapezoid(density * (y.detach() / sigma) ** 2, z).item()
+    backward = torch.trapezoid(density * slope**2, z).item()
+    if not (0 < backward < math.inf and math.isfinite(forward)):
+        raise ValueError(f"the gains of {function!r} are zero or not finite at sigma {sigma:g}")
+    return ActivationGain(forward, backward)
 
 
 def _number(argument: str, value: float, minimum: float) -> float:

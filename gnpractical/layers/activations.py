@@ -35,7 +35,7 @@ def gain_of(
         activation: A module such as ``nn.LeakyReLU(0.2)``, whose parameters count and which is
             taken in evaluation mode; a module class at its defaults; or an element-wise function
             of a tensor, where ``F.prelu`` has the initial slope of ``nn.PReLU``.
-        sigma: The standard deviation of the input, from 1e-6 to 1e6; it is 1 behind a GroupNorm.
+        sigma: The standard deviation of the input, from 0.01 to 100; it is 1 behind a GroupNorm.
 
     Returns:
         ActivationGain: The gains. Those of an ``nn.PReLU`` with a slope for each channel are
@@ -43,8 +43,7 @@ def gain_of(
 
     Raises:
         TypeError: If ``activation`` cannot be called, or ``sigma`` is not a number.
-        ValueError: If ``sigma`` is out of range, or the activation cannot be integrated, for
-            instance because it is not element-wise.
+        ValueError: If ``sigma`` is out of range, or the activation cannot be integrated.
     """
     if not callable(activation):
         raise TypeError(f"activation must be a module, a class or a function, got {activation!r}")

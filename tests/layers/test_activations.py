@@ -104,8 +104,8 @@ def test_prelu_with_a_slope_per_channel_averages_the_gains():
     with torch.no_grad():
         module.weight.copy_(torch.tensor([0.5, -1.5]))
     gain = gain_of(module)
-    assert gain.forward == pytest.approx(((1 + 0.25) / 2 + (1 + 2.25) / 2) / 2)
-    assert gain.ratio == pytest.approx(1)
+    assert gain.forward == pytest.approx(((1 + 0.25) / 2 + (1 + 2.25) / 2) / 2, rel=1e-4)
+    assert gain.ratio == pytest.approx(1, rel=1e-4)
 
 
 def test_any_element_wise_function_can_be_integrated():
@@ -115,12 +115,12 @@ def test_any_element_wise_function_can_be_integrated():
 
     assert_measured(gain_of(Shifted()), Shifted().double(), 1)
     assert_measured(gain_of(torch.sin, 2), torch.sin, 2)
-    assert gain_of(nn.Threshold(0.3, -1)).backward == pytest.approx(ndtr(-0.3), rel=1e-9)
+    assert gain_of(nn.Threshold(0.3, -1)).backward == pytest.approx(ndtr(-0.3), rel=1e-4)
 
 
 def test_the_module_is_left_as_it_was():
     module = nn.Sequential(nn.PReLU(init=0.5), nn.Dropout(), nn.ReLU(inplace=True))
-    assert gain_of(module).forward == pytest.approx(1 / 2)
+    assert gain_of(module).forward == pytest.approx(1 / 2, rel=1e-4)
     assert module[0].weight.dtype == torch.float32 and module[0].weight.grad is None
     assert all(m.training for m in module.modules())
 
