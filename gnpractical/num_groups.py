@@ -58,7 +58,7 @@ def practical_num_groups(
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}; got {rule!r}")
     ideal = _ideal(in_channels, out_channels, gain_ratio)
-    return _select(ideal, out_channels, rule)
+    return _select(ideal, int(out_channels), rule)
 
 
 @lru_cache(maxsize=4096)  # a deep model asks for the same few widths over and over
@@ -71,6 +71,7 @@ def _select(ideal: Fraction, out_channels: int, rule: str) -> int:
         return min(ratios, key=lambda d: (max(ratios[d], 1 / ratios[d]), -d), default=1)
     if rule == "closest":
         return min(candidates, key=lambda d: (abs(d - ideal), -d))
+    assert rule == "practical"
     target = min(max(Fraction(1), ideal), Fraction(out_channels))
     # |log2 d - log2 target| orders divisors as max(d/target, target/d) does. Two neighbouring
     # divisors never tie: that needs d1*d2 to be a square, and then its root divides too.

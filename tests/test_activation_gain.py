@@ -70,13 +70,13 @@ def test_closed_forms_of_the_clipped_functions(sigma):
     for name, ends in {"relu6": (0, 6), "hardtanh": (-1, 1)}.items():
         forward, backward = clipped(sigma, *ends)
         gain = activation_gain(name, sigma)
-        assert gain.forward == pytest.approx(forward, rel=1e-4)
-        assert gain.backward == pytest.approx(backward, rel=1e-4)
+        assert gain.forward == pytest.approx(forward, rel=1e-3)
+        assert gain.backward == pytest.approx(backward, rel=1e-3)
     # hardsigmoid is 1/2 + hardtanh(x / 3) / 2
     shrunk = activation_gain("hardtanh", sigma / 3)
     gain = activation_gain("hardsigmoid", sigma)
-    assert gain.forward == pytest.approx(1 / (4 * sigma**2) + shrunk.forward / 36, rel=1e-4)
-    assert gain.backward == pytest.approx(shrunk.backward / 36, rel=1e-4)
+    assert gain.forward == pytest.approx(1 / (4 * sigma**2) + shrunk.forward / 36, rel=1e-3)
+    assert gain.backward == pytest.approx(shrunk.backward / 36, rel=1e-3)
 
 
 def softplus(x):

@@ -180,3 +180,9 @@ def test_exact_rule_against_brute_force():
             assert practical_num_groups(
                 in_channels, out_channels, rule="exact", gain_ratio=gain
             ) == exact_law(in_channels, out_channels, Fraction(gain)), (in_channels, out_channels)
+
+
+def test_numpy_widths_give_plain_numbers():
+    np = pytest.importorskip("numpy")
+    assert type(practical_num_groups(np.int64(300), np.int64(100))) is int
+    assert type(practical_num_groups(300, 100)) is int

@@ -10,6 +10,7 @@ The data set lies in <data-path>/<dataset>, in COCO's layout; gnp_shapes is made
 import argparse
 import sys
 
+from gnpractical.layers.group_norm import norm_names
 from gnpractical.tv import quick
 from gnpractical.tv.builders import DEPTHS
 from gnpractical.tv.run import MODELS, RunOptions, run
@@ -29,8 +30,7 @@ def parse_args():
     add, number = parser.add_argument, {"type": int, "metavar": "N"}
     add("--model", choices=MODELS, help=" ")
     add("--depth", type=int, choices=DEPTHS, help="of the ResNet")
-    names = "GN_PRACTICAL, GN_CLOSEST, GN_EXACT, GN_MEASURED, GN_<k>, GN, BN, FrozenBN"
-    add("--norm", help=f"{names}, or SyncBN (on GPUs)")
+    add("--norm", help=f"{', '.join(norm_names())}, GN, BN, FrozenBN, or SyncBN (on GPUs)")
     add("--weight-standardization", action="store_true", help="in backbone, FPN and box head")
     quick_help = "small models on the embedded shapes, in minutes; sets the defaults of the rest"
     add("--quick", action="store_true", help=quick_help)

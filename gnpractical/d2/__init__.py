@@ -1,7 +1,7 @@
 """GN_PRACTICAL in Detectron2. Importing this package
 
-* makes Detectron2's ``get_norm`` accept ``GN_PRACTICAL``, ``GN_CLOSEST``, ``GN_EXACT``,
-  ``GN_MEASURED`` and ``GN_<k>``;
+* makes Detectron2's ``get_norm`` accept ``GN_PRACTICAL`` and the other names of
+  ``layers.group_norm.norm_names``;
 * makes its ``build_model`` apply ``MODEL.GNP.WEIGHT_STANDARDIZATION``, where the config has it;
 * registers the backbones ``build_gnp_resnet_backbone`` and ``build_gnp_resnet_fpn_backbone``;
 * registers the data sets ``gnp_shapes_train`` and ``gnp_shapes_val``.

@@ -25,6 +25,10 @@ _NORM_KEYS = {
 }
 
 
+# What a config calls the norms that are no GroupNorms, by their class.
+_NORM_NAMES = {"BatchNorm2d": "BN", "FrozenBatchNorm2d": "FrozenBN", "SyncBatchNorm": "nnSyncBN"}
+
+
 class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
     """Detectron2's checkpointer with what :class:`GroupCheckpointer` adds.
 
@@ -39,6 +43,13 @@ class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
         """The checkpointer that ``cfg`` asks for, saving to its OUTPUT_DIR."""
         mismatch = cfg.MODEL.GNP.CHECKPOINT_MISMATCH
         return cls(model, cfg.OUTPUT_DIR, mismatch=mismatch, **kwargs)
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return super().load(path, *args, **kwargs)
+        finally:
+            # After an error the base class leaves it set, and then refuses the next file.
+            self._parsed_url_during_load = None
 
     def _read(self, filename: str) -> dict[str, Any]:
         """As Detectron2's ``_load_file``, whose pickles and .pyth files could run code."""
@@ -70,7 +81,8 @@ class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
             prefix = next((p for p in _NORM_KEYS if name.startswith(p)), None)
             if record[name]["num_groups"] != mine[name]["num_groups"]:
                 key = _NORM_KEYS.get(prefix or "", "the norm of " + name.rpartition(".")[0])
-                wanted.setdefault(key, set()).add(record[name]["norm"])
+                norm = record[name]["norm"]
+                wanted.setdefault(key, set()).add(_NORM_NAMES.get(norm, norm))
             if record[name]["weight_standardized"] != mine[name]["weight_standardized"]:
                 part = "backbone" if name.startswith("backbone") else prefix or name.split(".")[0]
                 standardized.add((part, record[name]["weight_standardized"]))

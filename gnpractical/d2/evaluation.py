@@ -26,7 +26,6 @@ from detectron2.utils import comm
 from gnpractical.datasets.panoptic_evaluation import evaluate_panoptic, panoptic_prediction
 from gnpractical.datasets.pictures import PictureGrid, draw_boxes, draw_segments
 
-
 _EVALUATORS = {
     "cityscapes_instance": CityscapesInstanceEvaluator,
     "cityscapes_sem_seg": CityscapesSemSegEvaluator,

@@ -12,6 +12,7 @@ from torch import nn
 from gnpractical.d2.rebind import rebind
 from gnpractical.layers.group_norm import group_norm_from_name, unknown_norm_message
 
+# For the message only: which names there are, Detectron2 says.
 DETECTRON2_NORM_NAMES = [
     "BN",
     "SyncBN",
@@ -36,17 +37,20 @@ def _extended(original: Callable) -> Callable:
             ours = group_norm_from_name(norm, out_channels)
             if ours is not None:
                 return ours
-            if norm not in DETECTRON2_NORM_NAMES:
+            try:
+                return original(norm, out_channels)
+            except KeyError:
                 raise ValueError(
-                    f"{unknown_norm_message(norm, DETECTRON2_NORM_NAMES)} '' is none. It comes "
-                    f"from one of the config's NORM keys, such as MODEL.RESNETS.NORM, "
-                    f"MODEL.FPN.NORM or MODEL.SEM_SEG_HEAD.NORM."
-                )
+                    f"{unknown_norm_message(norm, DETECTRON2_NORM_NAMES)} An empty string means "
+                    f"no norm. It comes from one of the config's NORM keys, such as "
+                    f"MODEL.RESNETS.NORM, MODEL.FPN.NORM or MODEL.SEM_SEG_HEAD.NORM."
+                ) from None
         return original(norm, out_channels)
 
     return get_norm
 
 
+# The original is kept in __wrapped__: a name of this module that held it would be rebound, too.
 get_norm = _extended(batch_norm.get_norm)
 rebind(get_norm.__wrapped__, get_norm)  # type: ignore[attr-defined]
 
@@ -72,9 +76,10 @@ def norm_keys(cfg: CfgNode, prefix: str = "") -> dict[str, str]:
 def check_norm_names(cfg: CfgNode) -> None:
     """Raise ValueError, naming the config key, if a ``NORM`` of ``cfg`` is unknown."""
     for key, norm in norm_keys(cfg).items():
-        if norm not in DETECTRON2_NORM_NAMES and not is_group_norm(norm):
-            message = unknown_norm_message(norm, DETECTRON2_NORM_NAMES)
-            raise ValueError(f"{key}: {message} '' is none.")
+        try:
+            get_norm(norm, 32)
+        except ValueError as e:
+            raise ValueError(f"{key}: {e}") from None
 
 
 def group_norm_keys(cfg: CfgNode) -> list[str]:

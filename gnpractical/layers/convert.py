@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from gnpractical.layers.data_flow import Source
+from gnpractical.layers.data_flow import FUNCTION, Source
 from gnpractical.layers.group_norm import MIN_VALUES, PracticalGroupNorm
 from gnpractical.layers.norm_calls import NormCalls, trace_norms
 from gnpractical.layers.pairing import find_pairs, layer_widths, norm_width
@@ -36,7 +36,7 @@ class ConvertedNorm:
         was: Its class before.
         num_channels: C.
         in_channels: Input width of the layers that feed it, None where they are not known.
-        layers: Paths of these layers; "" stands for a function without a module.
+        layers: Paths of these layers; ``FUNCTION`` stands for a function without a module.
         num_groups: G; None for a norm that was left alone, or is yet to be calibrated.
         skipped_reason: Why it was left alone, "" for a converted norm.
         limited_from: What the rule gives, where that left fewer than ``MIN_VALUES`` values to a
@@ -66,11 +66,11 @@ class Conversion:
     norms: list[ConvertedNorm]
 
     def __str__(self) -> str:
-        def fed_by(norm: ConvertedNorm) -> str:
-            return ", ".join(layer or "(function)" for layer in norm.layers)
-
         table = [
-            [n.name, n.was, n.in_channels, n.num_channels, n.num_groups, fed_by(n), n.note]
+            [
+                *(n.name, n.was, n.in_channels, n.num_channels, n.num_groups),
+                *(", ".join(n.layers), n.note),
+            ]
             for n in self.norms
         ]
         converted = sum(not norm.skipped_reason for norm in self.norms)
@@ -159,7 +159,8 @@ def _check_arguments(model: nn.Module, rule: str | int, on_unpaired: str | int) 
     PracticalGroupNorm(1, rule=rule)  # raises for an unknown rule
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def _matches(name: str, patterns: str | Sequence[str]) -> bool:
+    patterns = [patterns] if isinstance(patterns, str) else patterns
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
@@ -209,7 +210,7 @@ def _apply(model: nn.Module, plans: Sequence[_Plan], weight_standardization: boo
     for plan in plans:
         if plan.replacement and plan.source:
             # Remembered, because the structure alone may tell another story.
-            fed_by = tuple(layers[name] for name in plan.source.layers if name)
+            fed_by = tuple(layers[name] for name in plan.source.layers if name != FUNCTION)
             plan.replacement.fed_by = fed_by
             for layer in fed_by if weight_standardization else ():
                 standardize_layer(layer)
@@ -230,28 +231,31 @@ def _feeding_sources(
         norm = pair.norm
         if norm in calls:
             feeding[norm] = _one_source(calls[norm].sources, norm_width(norm))
-        elif norm not in feeding or feeding[norm][0] is None:
-            widths = [width for layer in pair.layers.values() if (width := layer_widths(layer))]
-            total_in, total_out = (sum(width[i] for width in widths) for i in (0, 1))
-            source = Source(total_in, total_out, tuple(pair.layers), 0) if widths else None
-            feeding[norm] = source, "no layer before it in its module feeds it"
+            continue
+        widths = [width for layer in pair.layers.values() if (width := layer_widths(layer))]
+        # Several layers may be concatenated, or take turns; who resolved the norm knows.
+        in_channels = getattr(norm, "in_channels", None) or sum(width[0] for width in widths)
+        source = Source(in_channels, norm_width(norm) or 0, tuple(pair.layers), 0)
+        feeding[norm] = source if widths else None, "no layer before it in its module feeds it"
     return feeding
 
 
 def _one_source(
     sources: list[Source | None], num_channels: int | None
 ) -> tuple[Source | None, str]:
-    first = sources[0]
-    if None in sources or first is None:
-        return None, "the model's input reaches it without a weight layer"
-    if len({source.in_channels for source in sources if source}) > 1:
+    known = [source for source in sources if source]
+    if len(known) < len(sources):
+        return None, "what reaches it comes from no weight layer, or from an operation not known"
+    first = known[0]
+    if len({source.in_channels for source in known}) > 1:
         return None, "it is called several times, after layers of different input widths"
     if first.out_channels != num_channels:
         return None, (
             f"what reaches it comes from {first.out_channels} output channels "
             f"({', '.join(first.layers[:3])}), not from its own number"
         )
-    return first, ""
+    layers = dict.fromkeys(layer for source in known for layer in source.layers)
+    return replace(first, layers=tuple(layers)), ""
 
 
 def _replacement(

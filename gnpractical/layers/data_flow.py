@@ -27,8 +27,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from gnpractical.layers.pairing import layer_widths, norm_width
 
 # Weight layers as functions: each with the widths (in, out) that a weight and its groups mean.
-_PLAIN = (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
+_PLAIN = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm, torch.einsum)
+# In the place of a path.
+FUNCTION = "(function)"
 _CATENATIONS = (torch.cat, torch.concat, torch.concatenate)
 
 
@@ -38,7 +41,7 @@ class Source:
 
     Attributes:
         in_channels, out_channels: their widths, added up over concatenated layers.
-        layers: their paths in the model; "" stands for a function without a module.
+        layers: their paths in the model, or ``FUNCTION`` for a function without a module.
         order: when the last of them ran.
         input, output: where gradients are found, if there are any: at the input of one layer, at
             its output or that of a concatenation.
@@ -149,7 +152,7 @@ class DataFlow(TorchFunctionMode):
         self._order += 1
         if running is None:
             assert widths is not None
-            return Source(*widths, ("",), self._order)
+            return Source(*widths, (FUNCTION,), self._order)
         widths = widths or layer_widths(running.layer)
         assert widths is not None
         return Source(*widths, (running.name,), self._order, running.input, _edge(output))
@@ -169,6 +172,8 @@ class DataFlow(TorchFunctionMode):
             self._sources[result] = self._layer_source(result, running, widths)
             return result
         inputs = list(tensors_in((args, kwargs)))
+        if func in _PRODUCTS and any(isinstance(t, nn.Parameter) for t in inputs):
+            return result  # a weight layer, of which widths are not known: no tag is better
         sources = [self._source(tensor) for tensor in inputs]
         if any(source is not None for source in sources):
             for output in outputs:
@@ -187,10 +192,9 @@ def _function_widths(func: Callable, args: tuple, kwargs: dict) -> tuple[int, in
     weight = args[1] if len(args) > 1 else kwargs["weight"]
     if func is F.linear:
         return weight.shape[1], weight.shape[0]
-    if func in _TRANSPOSED:
-        groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
-        return weight.shape[0], weight.shape[1] * groups
     groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+    if func in _TRANSPOSED:
+        return weight.shape[0], weight.shape[1] * groups
     return weight.shape[1] * groups, weight.shape[0]
 
 

@@ -60,7 +60,6 @@ class PracticalGroupNorm(nn.GroupNorm):
         in_channels: int | None = None,
         rule: str | int = "practical",
         *,
-        gain_ratio: float = 1.0,
         eps: float = 1e-5,
         affine: bool = True,
         device: torch.device | str | None = None,
@@ -76,7 +75,6 @@ class PracticalGroupNorm(nn.GroupNorm):
             check_width("rule", rule)
         super().__init__(1, num_channels, eps=eps, affine=affine, device=device, dtype=dtype)
         self.rule = rule
-        self.gain_ratio = gain_ratio
         self.in_channels: int | None = None
         self.fed_by: tuple[nn.Module, ...] | None = None
         self.num_groups = None  # type: ignore[assignment]
@@ -107,9 +105,7 @@ class PracticalGroupNorm(nn.GroupNorm):
             return
         if isinstance(self.rule, str):
             assert in_channels is not None
-            num_groups = practical_num_groups(
-                in_channels, self.num_channels, self.rule, self.gain_ratio
-            )
+            num_groups = practical_num_groups(in_channels, self.num_channels, self.rule)
         else:
             num_groups = self.rule
             try:
@@ -139,7 +135,7 @@ class PracticalGroupNorm(nn.GroupNorm):
     @torch.jit.unused
     def _check(self, input: Tensor) -> None:
         if self.num_groups is None:
-            self._resolve_late()
+            self._resolve_or_raise()
         values = input.shape[1] // self.num_groups
         for size in input.shape[2:]:
             values = values * size
@@ -147,7 +143,7 @@ class PracticalGroupNorm(nn.GroupNorm):
             self._single_value(input)
 
     @_outside_graphs
-    def _resolve_late(self) -> None:
+    def _resolve_or_raise(self) -> None:
         if not isinstance(self.rule, str):
             return self.resolve(None)
         if self.rule == MEASURED:
@@ -187,8 +183,7 @@ class PracticalGroupNorm(nn.GroupNorm):
 def group_norm_from_name(name: str, num_channels: int) -> PracticalGroupNorm | None:
     """The unresolved norm that a config string names, or None if it names no norm of ours.
 
-    ``GN_PRACTICAL``, ``GN_CLOSEST``, ``GN_EXACT`` and ``GN_MEASURED`` select a rule, ``GN_<k>`` a
-    fixed number of groups.
+    ``GN_<RULE>`` selects a rule, such as ``GN_PRACTICAL``; ``GN_<k>`` a fixed number of groups.
     """
     if name in _RULE_NAMES:
         return PracticalGroupNorm(num_channels, rule=_RULE_NAMES[name])

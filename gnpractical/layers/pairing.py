@@ -2,9 +2,10 @@
 
 Three structures cover Detectron2's models and most others:
 
-* the norm is a child of the weight layer (Detectron2's ``Conv2d(..., norm=...)``);
 * the norm follows the weight layer in an ``nn.Sequential``;
-* the norm and the weight layer are attributes of one module, the layer registered first.
+* the norm and the weight layer are attributes of one module: a norm takes the last layer before it
+  that no earlier norm has taken;
+* the norm is a child of the weight layer (Detectron2's ``Conv2d(..., norm=...)``).
 
 Importing this module registers one hook with PyTorch (``register_module_module_registration_hook``)
 through which an unresolved :class:`PracticalGroupNorm` learns ``in_channels`` at the moment it is
@@ -79,7 +80,9 @@ def find_pairs(model: nn.Module) -> list[NormPair]:
     the structure says.
     """
     paths = {module: name for name, module in model.named_modules()}
-    pairs = []
+    pairs: dict[nn.Module, NormPair] = {}
+    if norm_width(model) is not None:
+        pairs[model] = NormPair("", model, {})
     for parent_name, parent in model.named_modules():
         before: list[tuple[str, nn.Module]] = []
         for name, child in parent.named_children():
@@ -89,10 +92,13 @@ def find_pairs(model: nn.Module) -> list[NormPair]:
                 if layers is None or not all(layer in paths for layer in layers):
                     layer_name = _feeding_layer(parent, before, width)
                     layers = () if layer_name is None else (parent.get_submodule(layer_name),)
-                by_path = {paths[layer]: layer for layer in layers}
-                pairs.append(NormPair(_join(parent_name, name), child, by_path))
+                pair = NormPair(_join(parent_name, name), child, {paths[m]: m for m in layers})
+                first = pairs.setdefault(child, pair)
+                # Several places share this norm, behind layers that do not agree.
+                if _in_widths(first) != _in_widths(pair):
+                    first.layers.clear()
             before.append((name, child))
-    return pairs
+    return list(pairs.values())
 
 
 def require_resolved(model: nn.Module) -> None:
@@ -113,6 +119,10 @@ def require_resolved(model: nn.Module) -> None:
             f"that feeds them: {', '.join(unresolved[:5])}. Register each right after its conv or "
             f"linear layer, call resolve(in_channels=...) on it, or use a fixed GN_<k> there."
         )
+
+
+def _in_widths(pair: NormPair) -> list[int]:
+    return [widths[0] for layer in pair.layers.values() if (widths := layer_widths(layer))]
 
 
 def _feeding_layer(

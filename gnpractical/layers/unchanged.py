@@ -9,20 +9,26 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Let ``model`` run in training or evaluation mode; afterwards all is as it was before.
+    """Let ``model`` run in training or evaluation mode, and undo what that changes.
 
-    That is its modes, buffers, plain attributes and the random state, also after an error. A model
-    that is in training mode may hold modules that are not, and these stay so.
+    Its modes, buffers and plain attributes are as before afterwards, also after an error, and so
+    is the random state of Python and PyTorch. A model that is in training mode may hold modules
+    that are not, and these stay so.
     """
     modules = list(model.modules())
     attributes = [_plain_attributes(module) for module in modules]
     buffers = [
-        {name: (buffer, buffer.detach().clone()) for name, buffer in m.named_buffers(recurse=False)}
-        for m in modules
+        {
+            name: (buffer, buffer.detach().clone())
+            for name, buffer in module.named_buffers(recurse=False)
+            if not is_lazy(buffer)
+        }
+        for module in modules
     ]
     devices = {p.device for p in model.parameters() if p.is_cuda}
     python_random = random.getstate()

@@ -199,18 +199,14 @@ class _Candidates:
                     now[num_groups] = input / output
         return dict(sorted((self._earlier | now).items()))
 
-    @property
-    def _unmeasured(self) -> int:
-        assert self.norm.in_channels is not None
-        return practical_num_groups(self.norm.in_channels, self.norm.num_channels)
-
     def best(self) -> int:
+        """The count whose K is closest to 1; Algorithm 1's where none was measured."""
+        ratios = self.ratios()
+        if not ratios:
+            assert self.norm.in_channels is not None
+            return practical_num_groups(self.norm.in_channels, self.norm.num_channels)
         # The larger on a tie, as in the other rules.
-        return min(
-            self.ratios().items(),
-            key=lambda item: (abs(math.log(item[1])), -item[0]),
-            default=(self._unmeasured, 0),
-        )[0]
+        return min(ratios, key=lambda count: (abs(math.log(ratios[count])), -count))
 
 
 def _variance(gradients: Sequence[Tensor]) -> PooledVariance | None:

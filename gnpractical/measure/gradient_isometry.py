@@ -1,13 +1,16 @@
 """The gradient's variance across every unit block of a real model, measured on real data.
 
-A unit block is weight layer -> norm -> activation. Its K is the variance of dL/dx at the weight
-layer's input, of what flows back through this norm and this layer alone, over the variance of dL/dx
-at the activation's output, or at the norm's where no activation follows directly (before a residual
-addition, for example). 1 is isometric; Definition 1 of arXiv 2302.03193.
+A unit block is weight layer -> norm -> activation. Its K is Var(dL/dx) / Var(dL/dz); 1 is
+isometric. Definition 1 of arXiv 2302.03193.
+
+* x is the weight layer's input. Only the gradient that flows back through this norm and this layer
+  counts, not what reaches x by a shortcut.
+* z is the activation's output, or the norm's where no activation follows directly, as before a
+  residual addition.
 
 Which layer that is, ``layers.data_flow`` says. What else lies between it and the norm (pooling, a
-residual addition) is part of the block; what reaches the layer past the norm, by a shortcut, is not
-counted. Layers whose outputs are concatenated are one layer, its input all of theirs.
+residual addition) is part of the block. Layers whose outputs are concatenated are one layer, its
+input all of theirs.
 """
 
 from __future__ import annotations
@@ -101,27 +104,29 @@ def mean_abs_log(blocks: Iterable[BlockGradient]) -> float:
 
 
 class PooledVariance:
-    """Biased variance over the elements of several tensors."""
+    """Biased variance over the elements of several tensors, by Chan's formula."""
 
     def __init__(self) -> None:
-        self._count, self._sum, self._squares = 0, 0.0, 0.0
+        self._count, self._mean, self._squares = 0, 0.0, 0.0
 
     def add(self, values: Tensor) -> None:
         # In float64: the square of a vanishing gradient is 0 in float32.
         variance, mean = (t.item() for t in torch.var_mean(values.detach().double(), correction=0))
-        self._count += values.numel()
-        self._sum += values.numel() * mean
-        self._squares += values.numel() * (variance + mean * mean)
+        self._add(values.numel(), mean, values.numel() * variance)
 
     def merge(self, other: PooledVariance) -> None:
-        self._count += other._count
-        self._sum += other._sum
-        self._squares += other._squares
+        self._add(other._count, other._mean, other._squares)
+
+    def _add(self, count: int, mean: float, squares: float) -> None:
+        total = self._count + count
+        if total:
+            difference = mean - self._mean
+            self._squares += squares + difference**2 * self._count * count / total
+            self._mean += difference * count / total
+            self._count = total
 
     def value(self) -> float | None:
-        if not self._count:
-            return None
-        return self._squares / self._count - (self._sum / self._count) ** 2
+        return self._squares / self._count if self._count else None
 
 
 def pooled_variance(parts: Iterable[PooledVariance]) -> float | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gnpractical.layers.activations import ACTIVATION_FUNCTIONS
-from gnpractical.layers.data_flow import DataFlow, Source, Tagged
+from gnpractical.layers.data_flow import DataFlow, Source, Tagged, tensors_in
 from gnpractical.layers.pairing import norm_width
 from gnpractical.layers.unchanged import unchanged
 
@@ -34,16 +34,14 @@ class Activation:
 
 @dataclass
 class _ForwardCall:
-    """One call of a unit block in a forward pass.
+    """One call of a unit block in a forward pass: x -> layer -> y -> norm -> z -> activation.
 
     Attributes:
-        fed: The norm's input (N, C, *), still part of the graph that leads to the layers it comes
-            from.
-        layer_edges: Of the layer's output and its input, if one layer's very output is the norm's
-            input, else ().
-        norm_start: Where the gradient that flows back through this norm alone is found.
-        norm_end: The norm's output.
-        activation: None while none is known to follow.
+        fed: y (N, C, *), still part of the graph that leads to the layers it comes from.
+        layer_edges: The edges of y and x where y is one layer's very output, else ().
+        norm_start: The edge of an alias of y, where only this norm's gradient arrives.
+        norm_end: The edge of z.
+        activation: What follows, None while nothing is known to follow.
     """
 
     norm: nn.Module
@@ -67,8 +65,8 @@ class BlockCall:
             from.
         activation: What follows the norm directly, or None.
         output_grad: The gradient at the block's end.
-        norm_grad: At the norm's input, of what flows back through this norm alone.
-        input_grad: At the layer's input, if it came without further work.
+        norm_grad: The gradient at the norm's input that flows back through this norm alone.
+        input_grad: The gradient at the layer's input, if it came without further work.
     """
 
     norm: nn.Module
@@ -176,7 +174,7 @@ class _Recorder(DataFlow):
         kwargs = kwargs or {}
         used = [
             entry
-            for tensor in (*args, *kwargs.values())
+            for tensor in tensors_in((args, kwargs))
             if (entry := self._norm_outputs.get(id(tensor))) and tensor._version == entry[1]
         ]
         result = super().__torch_function__(func, types, args, kwargs)

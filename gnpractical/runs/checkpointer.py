@@ -92,7 +92,8 @@ class GroupCheckpointer(Checkpointer):
             ValueError: missing, damaged, or of another model; the message names the file.
         """
         self._loading = path
-        if path and "://" not in path and not os.path.isfile(path):
+        # Detectron2 takes options behind a question mark.
+        if path and "://" not in path and not os.path.isfile(path.partition("?")[0]):
             raise ValueError(f"Checkpoint {path!r} does not exist")
         return super().load(path, *args, **kwargs)
 
@@ -122,7 +123,10 @@ class GroupCheckpointer(Checkpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         record = checkpoint.pop(RECORD_KEY, None)
         if record is not None:
-            take_measured(self.model, record)
+            try:
+                take_measured(self.model, record)
+            except ValueError as e:
+                raise GroupMismatch(f"{self._loading} was trained with other groups: {e}") from None
             self._compare(record)
         incompatible = super()._load_model(checkpoint)
         parameters = {name for name, _ in self.model.named_parameters()}

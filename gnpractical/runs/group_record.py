@@ -56,7 +56,10 @@ def take_measured(model: nn.Module, record: GroupRecord) -> None:
     for name, norm in measured_norms(model).items():
         entry = record.get(name, {})
         if entry.get("norm") == norm.norm_name and entry["num_groups"]:
-            norm.set_num_groups(entry["num_groups"])
+            try:
+                norm.set_num_groups(entry["num_groups"])
+            except ValueError as e:
+                raise ValueError(f"{name}: {e}") from None
 
 
 def differing_norms(model: nn.Module, record: GroupRecord) -> list[str]:

@@ -7,6 +7,7 @@ from torch import nn
 
 from gnpractical import measure_gradient_variance
 from gnpractical.layers import PracticalGroupNorm
+from gnpractical.measure.gradient_isometry import PooledVariance
 
 
 class Residual(nn.Module):
@@ -301,3 +302,31 @@ def test_the_exact_law_on_a_linear_layer():
     x = nn.GroupNorm(64, 1024)(torch.randn(64, 1024)).relu().detach()
     (row,) = measure_gradient_variance(block, [x], lambda m, b: (m(b) * weights).sum())
     assert row.ratio == pytest.approx(14 / 26, rel=0.05)
+
+
+@pytest.mark.parametrize("in_a_list", [False, True])
+def test_a_reader_in_a_list_is_a_reader(in_a_list):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 32, 3), nn.GroupNorm(4, 32)
+            self.out = nn.Conv2d(32, 32, 1)
+
+        def forward(self, x):
+            z = self.norm(self.conv(x))
+            a = self.out(torch.relu(z))
+            again = torch.stack([z, a])[0] if in_a_list else z * 1
+            return (0.01 * a + again).pow(3).sum()
+
+    (block,) = measure_gradient_variance(Model(), [torch.randn(4, 4, 8, 8)])
+    assert block.activation is None and block.ratio < 100
+
+
+def test_a_variance_is_never_negative():
+    nearly = torch.full((777,), 0.275)
+    nearly[0] = torch.nextafter(nearly[0], torch.tensor(9.0))
+    variance = PooledVariance()
+    variance.add(nearly)
+    variance.add(torch.full((333,), 0.275))
+    expected = torch.cat([nearly, torch.full((333,), 0.275)]).double().var(correction=0).item()
+    assert 0 < variance.value() == pytest.approx(expected, rel=1e-6)
