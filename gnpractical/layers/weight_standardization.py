@@ -38,9 +38,10 @@ def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
             f"weight standardization needs filters of at least two values; "
             f"got a weight of shape {tuple(weight.shape)}"
         )
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    standardized = F.layer_norm(weight.to(dtype), weight.shape[1:], eps=eps**2)
-    return (standardized * math.sqrt((n - 1) / n)).to(weight.dtype)  # biased to unbiased
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    # From the biased to the unbiased deviation. As layer norm's weight it takes no pass of its own.
+    unbiased = wide.new_full(weight.shape[1:], math.sqrt((n - 1) / n))
+    return F.layer_norm(wide, weight.shape[1:], unbiased, eps=eps**2).to(weight.dtype)
 
 
 class WSConv2d(nn.Conv2d):
