@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import Any
 
 import pycocotools.mask as coco_mask
 
-Json = dict[str, Any]
+from gnpractical.datasets.panoptic import Json
 
 # Detectron2 drops a box or mask that is empty once clipped to its image. A few occur in COCO
 # itself; more than this share means coordinates of other images or of another resolution.
@@ -20,47 +19,38 @@ MIN_DROPPED = 3  # in a small data set a few are more than that share and still 
 
 @dataclass
 class Problem:
-    """One kind of problem.
+    """One kind of problem, and which of the ``total`` annotations that were looked at have it.
 
-    Attributes:
-        kind: what is wrong.
-        total: how many annotations were looked at.
-        count: how many have the problem.
-        first: the first few of them.
-        tolerated: the share of ``total`` up to which training is still right.
+    Up to the share ``tolerated`` of them, a model still trains as it should.
     """
 
     kind: str
     total: int
     tolerated: float = 0.0
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def add(self, offender: str) -> None:
-        self.count += 1
-        if len(self.first) < 3:
-            self.first.append(offender)
+    offenders: list[str] = field(default_factory=list)
 
     @property
     def refuse(self) -> bool:
         """Whether a model would train wrongly."""
-        if self.tolerated and self.count <= MIN_DROPPED < self.total:
+        count = len(self.offenders)
+        if self.tolerated and count <= MIN_DROPPED < self.total:
             return False
-        return self.count > self.tolerated * self.total
+        return count > self.tolerated * self.total
 
     def __str__(self) -> str:
-        return f"{self.kind}: {self.count} of {self.total}, first: {', '.join(self.first)}"
+        first = ", ".join(self.offenders[:3])
+        return f"{self.kind}: {len(self.offenders)} of {self.total}, first: {first}"
 
 
 def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Problem]:
     """Problems of an instances JSON, most serious first.
 
     Args:
-        data: the content of the file.
-        files: those of the images' ``file_name`` that exist; None to leave this unchecked.
+        data: The content of the file.
+        files: Those of the images' ``file_name`` that exist, or None to leave this unchecked.
 
     Raises:
-        ValueError: the JSON is not of COCO's form; the message says where.
+        ValueError: The JSON is not of COCO's form. The message says where.
     """
     images = {i["id"]: i for i in _entries(data, "images", "id", "file_name")}
     categories = {c["id"] for c in _entries(data, "categories", "id")}
@@ -74,60 +64,61 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
     for a in annotations:
         name = f"annotation {a['id']}"
         if a["category_id"] not in categories:
-            unknown.add(f"{name} (category {a['category_id']})")
+            unknown.offenders.append(f"{name} (category {a['category_id']})")
         image = images.get(a["image_id"])
         if image is None:
-            orphan.add(f"{name} (image {a['image_id']})")
+            orphan.offenders.append(f"{name} (image {a['image_id']})")
             continue
         try:
             if _is_outside(a["bbox"], image):
-                bad_box.add(f"{name} {a['bbox']} in {image['width']}x{image['height']}")
+                size = f"{image['width']}x{image['height']}"
+                bad_box.offenders.append(f"{name} {a['bbox']} in {size}")
             # Without masks, as data of boxes alone are, there is nothing to be empty.
             mask = a.get("segmentation")
             if isinstance(mask, dict) and list(mask["size"]) != [image["height"], image["width"]]:
                 size = f"{image['height']}x{image['width']}"
-                bad_size.add(f"{name} {mask['size']} in {size} (height x width)")
+                bad_size.offenders.append(f"{name} {mask['size']} in {size} (height x width)")
             elif mask and _is_empty(mask, image):
-                bad_mask.add(name)
+                bad_mask.offenders.append(name)
         except (KeyError, TypeError, ValueError) as e:
             raise ValueError(f"{name} is malformed: {type(e).__name__}: {e}") from e
     repeated = [_repeated(data, key) for key in ("annotations", "images", "categories")]
     missing = _missing_files([i["file_name"] for i in images.values()], files, "image")
-    return _found([unknown, *repeated, missing, bad_size, bad_box, bad_mask, orphan])
+    problems = [unknown, *repeated, missing, bad_size, bad_box, bad_mask, orphan]
+    return [p for p in problems if p.offenders]
 
 
 def check_panoptic(data: Json, files: Iterable[str] | None = None) -> list[Problem]:
-    """Problems of a panoptic JSON; ``files``: names in the folder of its PNGs.
+    """Problems of a panoptic JSON; ``files`` are the names in the folder of its PNGs.
 
-    Ids in the PNGs are compared where the PNGs are read, in ``panoptic.prepare_semantic``.
+    The ids in the PNGs are compared where these are read, in ``panoptic.prepare_semantic``.
 
     Raises:
-        ValueError: the JSON is not of COCO's panoptic form; the message says where.
+        ValueError: The JSON is not of COCO's panoptic form. The message says where.
     """
-    images = {i["id"] for i in _entries(data, "images", "id")}
     categories = {c["id"] for c in _entries(data, "categories", "id", "isthing")}
     annotations = _entries(data, "annotations", "image_id", "file_name", "segments_info")
-    n = len(annotations)
-    orphan = Problem("image id without image", n)
-    unknown = Problem("segment of an unknown category", n)
-    duplicate = Problem("segment id used twice in an image", n)
+    images = {i["id"] for i in _entries(data, "images", "id")}
+    unknown = Problem("segment of an unknown category", len(annotations))
+    duplicate = Problem("segment id used twice in an image", len(annotations))
+    orphan = Problem("image id without image", len(annotations))
     for a in annotations:
         name = a["file_name"]
-        if a["image_id"] not in images:
-            orphan.add(name)
         segments = _entries(a, "segments_info", "id", "category_id", of=name)
-        if len({s["id"] for s in segments}) < len(segments):
-            duplicate.add(name)
         strange = {s["category_id"] for s in segments} - categories
         if strange:
-            unknown.add(f"{name} (category {min(strange)})")
+            unknown.offenders.append(f"{name} (category {min(strange)})")
+        if len({s["id"] for s in segments}) < len(segments):
+            duplicate.offenders.append(name)
+        if a["image_id"] not in images:
+            orphan.offenders.append(name)
     repeated = [_repeated(data, key) for key in ("images", "categories")]
     missing = _missing_files([a["file_name"] for a in annotations], files, "PNG")
-    return _found([orphan, unknown, duplicate, *repeated, missing])
+    return [p for p in (orphan, unknown, duplicate, *repeated, missing) if p.offenders]
 
 
 def _entries(data: Any, key: str, *required: str, of: str = "the JSON") -> list[Json]:
-    """The list ``data[key]``; ValueError unless each entry has what is ``required``."""
+    """The list ``data[key]``, or a ValueError if an entry lacks one of the ``required`` keys."""
     entries = data.get(key) if isinstance(data, dict) else None
     if not isinstance(entries, list):
         raise ValueError(f"{of} has no {key!r} that is a list, but {str(entries)[:80]}")
@@ -139,18 +130,14 @@ def _entries(data: Any, key: str, *required: str, of: str = "the JSON") -> list[
 
 
 def _missing_files(names: list[str], files: Iterable[str] | None, what: str) -> Problem:
-    problem = Problem(f"{what} that is not on disk", len(names))
-    if files is not None:
-        for name in sorted(set(names).difference(files)):
-            problem.add(name)
-    return problem
+    missing = [] if files is None else sorted(set(names).difference(files))
+    return Problem(f"{what} that is not on disk", len(names), offenders=missing)
 
 
 def _is_outside(box: list[float], image: Json) -> bool:
     x, y, width, height = box
-    if not all(math.isfinite(v) for v in box):
-        return True
-    # Boxes that overhang are clipped; one whose centre lies outside is not of this image.
+    # Boxes that overhang are clipped, but one whose centre lies outside is not of this image. A
+    # centre that is nan or infinite is not between the borders either.
     return (
         width <= 0
         or height <= 0
@@ -161,19 +148,13 @@ def _is_outside(box: list[float], image: Json) -> bool:
 
 def _repeated(data: Json, key: str) -> Problem:
     counts = Counter(entry["id"] for entry in data[key])
-    problem = Problem(f"id used twice in {key!r}", len(data[key]))
-    for id, count in counts.items():
-        if count > 1:
-            problem.add(str(id))
-    return problem
+    repeated = [str(id) for id, count in counts.items() if count > 1]
+    return Problem(f"id used twice in {key!r}", len(data[key]), offenders=repeated)
 
 
 def _is_empty(segmentation: Any, image: Json) -> bool:
     if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
-        if isinstance(counts, list):  # uncompressed: runs of 0 and 1 in turn
-            return sum(counts[1::2]) == 0
-        return int(coco_mask.area(segmentation)) == 0
+        return coco_mask.area(to_rle(segmentation, image["height"], image["width"])) == 0
     return not any(
         len(p) >= 6
         and len(p) % 2 == 0
@@ -185,5 +166,10 @@ def _is_empty(segmentation: Any, image: Json) -> bool:
     )
 
 
-def _found(problems: list[Problem]) -> list[Problem]:
-    return [p for p in problems if p.count]
+def to_rle(segmentation: Any, height: int, width: int) -> Json:
+    """The compressed run-length encoding of a mask in any of COCO's three forms."""
+    if isinstance(segmentation, list):  # polygons
+        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    if isinstance(segmentation["counts"], list):
+        return coco_mask.frPyObjects(segmentation, height, width)
+    return segmentation

@@ -6,8 +6,8 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 
-from gnpractical.datasets.annotations import Json, Problem, check_instances, check_panoptic
-from gnpractical.datasets.panoptic import read_json
+from gnpractical.datasets.annotations import check_instances, check_panoptic
+from gnpractical.datasets.panoptic import Json, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +31,9 @@ def split_files(folder: str, split: str) -> dict[str, str]:
 
 
 def check_files(name: str, files: Mapping[str, str], root: str, source: str) -> None:
-    """Raise ValueError for a file or folder that does not exist.
+    """Raise ValueError for one of a data set's ``split_files`` that does not exist.
 
-    Args:
-        name: of the data set.
-        files: of ``split_files``, or some of them.
-        root: where data sets are looked for.
-        source: what said so, such as ``$DETECTRON2_DATASETS``.
+    ``root`` is where data sets are looked for, and ``source`` is the option that says so.
     """
     for key, path in files.items():
         if not os.path.exists(path):
@@ -50,20 +46,18 @@ def check_files(name: str, files: Mapping[str, str], root: str, source: str) -> 
 def check_annotations(name: str, files: Mapping[str, str], remedy: str) -> None:
     """Raise ValueError for annotations that would train wrongly; log the harmless problems.
 
-    Args:
-        name, files: as of :func:`check_files`.
-        remedy: how to train on them all the same, for the error.
+    ``remedy`` tells the user how to train on them all the same.
     """
-    problems: list[tuple[str, Problem]] = []
+    refused: list[str] = []
     if "json_file" in files:
         data = read_json(files["json_file"])
         if "annotations" in data:  # COCO's test sets have none
             present = _existing(files.get("image_root"), data.get("images", []))
-            problems += _checked(check_instances, files["json_file"], data, present)
+            refused += _refused(check_instances, files["json_file"], data, present)
     if "panoptic_json" in files:
         data = read_json(files["panoptic_json"])
         present = os.listdir(files["panoptic_root"])
-        problems += _checked(check_panoptic, files["panoptic_json"], data, present)
+        refused += _refused(check_panoptic, files["panoptic_json"], data, present)
         if "sem_seg_root" in files:
             wanted = {a["file_name"] for a in data["annotations"]}
             missing = wanted - set(os.listdir(files["sem_seg_root"]))
@@ -73,10 +67,6 @@ def check_annotations(name: str, files: Mapping[str, str], remedy: str) -> None:
                     f"{files['sem_seg_root']!r}, first {min(missing)}"
                     f"{_remedy('sem_seg_root', files['sem_seg_root'])}."
                 )
-    for path, problem in problems:
-        if not problem.refuse:
-            logger.warning("%s: %s", path, problem)
-    refused = [f"{path}: {problem}" for path, problem in problems if problem.refuse]
     if refused:
         raise ValueError(
             f"Data set {name} would train wrongly. {'; '.join(refused)}. Mend the annotations, or "
@@ -92,13 +82,16 @@ def _existing(root: str | None, images: list[dict]) -> list[str] | None:
     return [n for n in names if n in listed or os.path.exists(os.path.join(root, n))]
 
 
-def _checked(
-    check: Callable, path: str, data: Json, files: list[str] | None
-) -> list[tuple[str, Problem]]:
+def _refused(check: Callable, path: str, data: Json, files: list[str] | None) -> list[str]:
+    """What ``check`` finds so wrong that it is refused; the rest is logged."""
     try:
-        return [(path, problem) for problem in check(data, files)]
+        problems = check(data, files)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from e
+    for problem in problems:
+        if not problem.refuse:
+            logger.warning("%s: %s", path, problem)
+    return [f"{path}: {problem}" for problem in problems if problem.refuse]
 
 
 def _remedy(key: str, path: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm.contrib.concurrent import thread_map
 
 VOID = 0
@@ -37,16 +37,17 @@ def id_to_rgb(ids: np.ndarray) -> np.ndarray:
 
 
 def read_ids(path: str | os.PathLike) -> np.ndarray:
-    """Segment ids (H, W) of a panoptic PNG.
+    """Segment ids (H, W) of a panoptic PNG; the errors are those of :func:`read_image`."""
+    return rgb_to_id(np.asarray(read_image(path).convert("RGB")))
 
-    Raises:
-        ValueError: the file is missing or is no image; the message names it.
-    """
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """The image in a file, turned upright, or a ValueError that names a file without one."""
     try:
-        with Image.open(path) as image:
-            return rgb_to_id(np.asarray(image.convert("RGB")))
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file)
     except (OSError, SyntaxError) as e:  # Pillow's for a broken PNG
-        raise ValueError(f"{path}: not a readable panoptic PNG ({e})") from e
+        raise ValueError(f"{path}: not a readable image ({e})") from e
 
 
 def semantic_labels(categories: Iterable[Json]) -> dict[int, int]:
@@ -63,7 +64,7 @@ def panoptic_to_semantic(ids: np.ndarray, segments: list[Json], labels: dict[int
     """Semantic labels (H, W) uint8 of segment ids; void becomes 255.
 
     Raises:
-        ValueError: a pixel's id has no segment, or a segment's category is unknown.
+        ValueError: A pixel's id has no segment, or a segment's category is unknown.
     """
     present, inverse = np.unique(ids, return_inverse=True)
     label_of_id = {VOID: IGNORE_LABEL}
@@ -71,11 +72,11 @@ def panoptic_to_semantic(ids: np.ndarray, segments: list[Json], labels: dict[int
         if segment["category_id"] not in labels:
             raise ValueError(f"segment {segment['id']}: unknown category {segment['category_id']}")
         label_of_id[segment["id"]] = labels[segment["category_id"]]
-    missing = [int(i) for i in present if int(i) not in label_of_id]
+    missing = sorted(set(present.tolist()) - label_of_id.keys())
     if missing:
         raise ValueError(f"ids in the PNG that the JSON does not have: {missing[:5]}")
-    lut = np.array([label_of_id[int(i)] for i in present], dtype=np.uint8)
-    return lut[inverse].reshape(ids.shape)
+    labels_present = np.array([label_of_id[i] for i in present.tolist()], dtype=np.uint8)
+    return labels_present[inverse].reshape(ids.shape)
 
 
 def prepare_semantic(
@@ -93,8 +94,8 @@ def prepare_semantic(
         The number of files written.
 
     Raises:
-        ValueError: annotations that would train wrongly, with the count and the first of them;
-            the files of the good ones are written all the same.
+        ValueError: A model would learn something wrong from some of the annotations. The message
+            names the first of them; the files of the others are written all the same.
     """
     data = read_json(panoptic_json)
     labels = semantic_labels(data["categories"])
@@ -117,13 +118,9 @@ def prepare_semantic(
         return None
 
     # Threads: decoding PNGs and sorting ids, where the time goes, both release the GIL.
+    workers = workers or os.cpu_count()
     results = thread_map(
-        write,
-        todo,
-        max_workers=workers or os.cpu_count(),
-        desc="semantic PNGs",
-        leave=False,
-        disable=None if len(todo) > 50 else True,
+        write, todo, max_workers=workers, desc="semantic PNGs", leave=False, disable=None
     )
     problems = [p for p in results if p]
     if problems:
@@ -147,8 +144,8 @@ def panoptic_quality(
         number of categories that occur. With n = 0 the three are NaN.
 
     Raises:
-        ValueError: a file that cannot be read, an image without prediction, a prediction whose
-            JSON and PNG disagree, or categories without ``isthing``; the message names the file.
+        ValueError: A file cannot be read, an image has no prediction, the JSON and the PNG of a
+            prediction disagree, or a category has no ``isthing``. The message names the file.
     """
     from hotcoco.panoptic import PanopticEval  # here, so that this module's import stays light
 
@@ -170,7 +167,7 @@ def panoptic_quality(
 
 
 def read_json(path: str | os.PathLike) -> Json:
-    """A JSON file's content; ValueError, naming the file, if it is missing or malformed."""
+    """The content of a JSON file, or a ValueError that names it if it is missing or malformed."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:

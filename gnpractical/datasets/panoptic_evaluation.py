@@ -23,8 +23,9 @@ def panoptic_prediction(image_id: int, ids: np.ndarray, segments: list[Json]) ->
     """One image's prediction, small enough to be gathered from other processes.
 
     Args:
-        ids: (H, W) segment ids, 0 where there is none.
-        segments: ``id`` and the data set's ``category_id`` of each.
+        image_id: The image's id in the data set.
+        ids: (H, W), the id of each pixel's segment, 0 where there is none.
+        segments: A dict with ``id`` and the data set's ``category_id`` for each segment.
     """
     png = io.BytesIO()
     Image.fromarray(id_to_rgb(ids)).save(png, format="PNG")
@@ -40,34 +41,28 @@ def evaluate_panoptic(
     predictions: list[dict[str, Any]],
     panoptic_json: str | os.PathLike,
     panoptic_root: str | os.PathLike,
-    output_dir: str | os.PathLike | None = None,
+    output_dir: str | os.PathLike,
 ) -> dict[str, float]:
     """Score :func:`panoptic_prediction` s against COCO-format ground truth, and log the table.
 
-    The predictions' JSON is kept in ``output_dir``, where one is given.
+    The predictions' JSON is kept in ``output_dir``.
 
     Returns:
         ``PQ``, ``SQ``, ``RQ``, and the same with ``_th`` for things and ``_st`` for stuff, in %.
     """
     with tempfile.TemporaryDirectory(prefix="panoptic_eval") as pred_dir:
-        annotations = []
-        for prediction in predictions:
-            entry = dict(prediction)
-            (Path(pred_dir) / entry["file_name"]).write_bytes(entry.pop("png_string"))
-            annotations.append(entry)
-        pred_json = Path(output_dir or pred_dir) / "panoptic_predictions.json"
+        for p in predictions:
+            Path(pred_dir, p["file_name"]).write_bytes(p["png_string"])
+        annotations = [{k: v for k, v in p.items() if k != "png_string"} for p in predictions]
+        pred_json = Path(output_dir, "panoptic_predictions.json")
         pred_json.write_text(json.dumps({"annotations": annotations}))
         quality = panoptic_quality(panoptic_json, panoptic_root, pred_json, pred_dir)
-    rows = [
-        [name] + [100 * q[k] for k in ("pq", "sq", "rq")] + [q["n"]] for name, q in quality.items()
-    ]
-    logger.info(
-        "Panoptic Evaluation Results:\n%s",
-        tabulate(rows, ["", "PQ", "SQ", "RQ", "#categories"], tablefmt="pipe", floatfmt=".3f"),
-    )
-    suffixes = {"All": "", "Things": "_th", "Stuff": "_st"}
-    return {
-        key.upper() + suffixes[name]: 100 * q[key]
-        for name, q in quality.items()
-        for key in ("pq", "sq", "rq")
-    }
+    scores: dict[str, float] = {}
+    rows = []
+    for name, suffix in ("All", ""), ("Things", "_th"), ("Stuff", "_st"):
+        pq, sq, rq = (100 * quality[name][key] for key in ("pq", "sq", "rq"))
+        rows.append([name, pq, sq, rq, quality[name]["n"]])
+        scores |= {f"PQ{suffix}": pq, f"SQ{suffix}": sq, f"RQ{suffix}": rq}
+    table = tabulate(rows, ["", "PQ", "SQ", "RQ", "#categories"], tablefmt="pipe", floatfmt=".3f")
+    logger.info("Panoptic Evaluation Results:\n%s", table)
+    return scores

@@ -27,23 +27,18 @@ def mask_to_polygons(mask: np.ndarray) -> list[list[float]]:
 
     polygons = []
     while following:
-        first = point = next(iter(following))
-        corners: list[tuple[int, int]] = []
-        previous = (0, 0)
-        doubled_area = 0
-        while True:
-            options = following[point]
-            after = options.pop()
-            if not options:
+        outline = [next(iter(following))]
+        while len(outline) == 1 or outline[-1] != outline[0]:
+            point = outline[-1]
+            outline.append(following[point].pop())
+            if not following[point]:
                 del following[point]
-            doubled_area += point[0] * after[1] - after[0] * point[1]
-            direction = (after[0] - point[0], after[1] - point[1])
-            if direction != previous:
-                corners.append(point)
-            previous = direction
-            point = after
-            if point == first:
-                break
-        if doubled_area > 0:  # holes run the other way round
-            polygons.append([float(v) for corner in corners for v in corner])
+        points = np.array(outline, dtype=float)
+        steps = np.diff(points, axis=0)
+        points = points[:-1]
+        area = (points[:, 0] * steps[:, 1] - points[:, 1] * steps[:, 0]).sum() / 2
+        if area > 0:  # holes run the other way round
+            is_corner = (steps != np.roll(steps, 1, axis=0)).any(axis=1)
+            is_corner[0] = True
+            polygons.append(points[is_corner].ravel().tolist())
     return polygons

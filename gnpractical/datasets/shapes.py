@@ -28,6 +28,7 @@ import pycocotools.mask as coco_mask
 from PIL import Image, ImageDraw
 from tqdm.contrib.concurrent import thread_map
 
+from gnpractical.datasets.coco_files import split_files
 from gnpractical.datasets.panoptic import id_to_rgb, prepare_semantic
 from gnpractical.datasets.polygons import mask_to_polygons
 
@@ -51,8 +52,7 @@ _COLOR = {
     "water": (60, 120, 150),
     "sand": (205, 180, 135),
 }
-_COLOR_SPREAD = {"thing": 17, "stuff": 17}  # standard deviation of each channel
-_CATEGORY_ID = {c["name"]: c["id"] for c in CATEGORIES}
+_COLOR_SPREAD = 17  # standard deviation of each channel
 # What is less visible than this is left unlabelled (void): in pixels, and of a thing's own area.
 _MIN_PIXELS, _MIN_SHARE = 24, 0.4
 
@@ -60,7 +60,7 @@ _MIN_PIXELS, _MIN_SHARE = 24, 0.4
 def make_shapes(
     root: str | os.PathLike, num_images: dict[str, int] | None = None, seed: int = 0
 ) -> Path:
-    """Make the data set under ``root`` unless it is there; returns its folder.
+    """Make the data set under ``root`` unless it is there, and return its folder.
 
     It is made in a temporary folder beside its place and renamed when complete, so that an
     interrupted or a simultaneous run never leaves, or meets, half of it.
@@ -77,11 +77,10 @@ def make_shapes(
         for split, count in (num_images or NUM_IMAGES).items():
             _make_split(part, split, count, seed)
         part.chmod(0o755)
-        try:
-            os.rename(part, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first; its images are the same
-                raise
+        os.rename(part, folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was first; its images are the same
+            raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
@@ -91,8 +90,9 @@ def draw_image(split: str, index: int, seed: int = 0) -> tuple[np.ndarray, list[
     """One image and its segments, the same for the same arguments.
 
     Returns:
-        The image, (HEIGHT, WIDTH, 3) uint8, and one dict a segment: ``name`` of its category,
-        ``iscrowd``, and ``mask`` (HEIGHT, WIDTH) bool of what is visible. Masks do not overlap.
+        The image, (HEIGHT, WIDTH, 3) uint8, and a dict for each segment with the ``name`` of its
+        category, ``iscrowd``, and the ``mask`` (HEIGHT, WIDTH) bool of what is visible. Masks do
+        not overlap.
     """
     rng = np.random.default_rng([seed, int(split == "train"), index])
     image, stuff = _background(rng)
@@ -132,7 +132,8 @@ def draw_image(split: str, index: int, seed: int = 0) -> tuple[np.ndarray, list[
 
 
 def _make_split(folder: Path, split: str, count: int, seed: int) -> None:
-    images_dir, panoptic_dir = folder / split, folder / f"panoptic_{split}"
+    files = split_files(str(folder), split)
+    images_dir, panoptic_dir = Path(files["image_root"]), Path(files["panoptic_root"])
     for path in (images_dir, panoptic_dir, folder / "annotations"):
         path.mkdir(exist_ok=True)
 
@@ -156,35 +157,16 @@ def _make_split(folder: Path, split: str, count: int, seed: int) -> None:
         panoptic = {"image_id": image_id, "file_name": f"{stem}.png", "segments_info": infos}
         return image, instances, panoptic
 
-    made = thread_map(
-        make,
-        range(count),
-        max_workers=os.cpu_count(),
-        desc=f"gnp_shapes {split}",
-        leave=False,
-        disable=None,
-    )
+    made = thread_map(make, range(count), desc=f"gnp_shapes {split}", leave=False, disable=None)
     info = {"description": "gnp_shapes", "version": "1", "seed": seed}
     images = [image for image, _, _ in made]
-    for kind, entries, categories in [
-        ("instances", [i for _, row, _ in made for i in row], CATEGORIES[: len(THINGS)]),
-        ("panoptic", [p for _, _, p in made], CATEGORIES),
+    for key, entries, categories in [
+        ("json_file", [i for _, row, _ in made for i in row], CATEGORIES[: len(THINGS)]),
+        ("panoptic_json", [p for _, _, p in made], CATEGORIES),
     ]:
-        (folder / "annotations" / f"{kind}_{split}.json").write_text(
-            json.dumps(
-                {
-                    "info": info,
-                    "images": images,
-                    "annotations": entries,
-                    "categories": categories,
-                }
-            )
-        )
-    prepare_semantic(
-        folder / "annotations" / f"panoptic_{split}.json",
-        panoptic_dir,
-        folder / f"panoptic_stuff_{split}",
-    )
+        data = {"info": info, "images": images, "annotations": entries, "categories": categories}
+        Path(files[key]).write_text(json.dumps(data))
+    prepare_semantic(files["panoptic_json"], files["panoptic_root"], files["sem_seg_root"])
 
 
 def _segment_info(segment: dict, segment_id: int) -> dict[str, Any]:
@@ -192,7 +174,7 @@ def _segment_info(segment: dict, segment_id: int) -> dict[str, Any]:
     x, y = int(xs.min()), int(ys.min())
     return {
         "id": segment_id,
-        "category_id": _CATEGORY_ID[segment["name"]],
+        "category_id": 1 + (THINGS + STUFF).index(segment["name"]),
         "area": len(xs),
         "bbox": [x, y, int(xs.max()) + 1 - x, int(ys.max()) + 1 - y],
         "iscrowd": segment["iscrowd"],
@@ -271,5 +253,4 @@ def _paint(
 
 
 def _color(rng: np.random.Generator, name: str) -> np.ndarray:
-    spread = _COLOR_SPREAD["thing" if name in THINGS else "stuff"]
-    return np.clip(rng.normal(_COLOR[name], spread), 20, 235)
+    return np.clip(rng.normal(_COLOR[name], _COLOR_SPREAD), 20, 235)

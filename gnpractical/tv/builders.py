@@ -23,13 +23,15 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from gnpractical.datasets.panoptic import IGNORE_LABEL
 from gnpractical.layers.group_norm import group_norm_from_name, unknown_norm_message
-from gnpractical.layers.pairing import require_resolved
 from gnpractical.layers.weight_standardization import apply_weight_standardization
 from gnpractical.num_groups import check_width
 from gnpractical.tv.panoptic_fpn import PanopticFPN, SemanticBranch
 
+NormLayer = Callable[[int], nn.Module]
+
 DEPTHS = (18, 34, 50, 101)
-_OTHER_NORMS: dict[str, Callable[[int], nn.Module]] = {
+LEVELS = ["0", "1", "2", "3"]  # of the FPN, one for each stage of the ResNet; "pool" follows
+_OTHER_NORMS: dict[str, NormLayer] = {
     "GN": partial(nn.GroupNorm, 32),
     "BN": nn.BatchNorm2d,
     "SyncBN": nn.SyncBatchNorm,
@@ -37,11 +39,11 @@ _OTHER_NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def norm_layer(norm: str) -> Callable[[int], nn.Module]:
+def norm_layer(norm: str) -> NormLayer:
     """What torchvision calls a ``norm_layer``: a function of the number of channels.
 
     Raises:
-        ValueError: unknown name; the message lists the valid ones.
+        ValueError: The name is unknown. The message lists the valid ones.
     """
     if isinstance(norm, str) and norm in _OTHER_NORMS:
         return _OTHER_NORMS[norm]
@@ -62,35 +64,32 @@ def fasterrcnn_resnet_fpn(
     fc_channels: int = 1024,
     **kwargs: Any,
 ) -> FasterRCNN:
-    """Faster R-CNN with a ResNet-FPN backbone and, by default, the 4conv1fc box head.
+    """Faster R-CNN with a ResNet-FPN backbone of random weights and the 4conv1fc box head.
 
     Args:
-        depth: of the ResNet: 18, 34, 50 or 101. Its weights are random.
-        norm: of backbone, FPN and box head: "GN_PRACTICAL", "GN_CLOSEST", "GN_EXACT",
-            "GN_MEASURED", "GN_<k>", "GN" (32 groups), "BN", "SyncBN" or "FrozenBN".
-        weight_standardization: of all convolutions in backbone, FPN and box head.
-        num_classes: with the background, as torchvision counts.
-        stages: how many of the ResNet's four stages there are.
-        channels: width of the FPN and of the box head's convolutions.
-        box_convs, fc_channels: number of these convolutions, width of the layer after them.
-        **kwargs: those of torchvision's ``FasterRCNN``, such as ``min_size``.
+        depth: That of the ResNet: 18, 34, 50 or 101.
+        norm: The norm of all parts: "GN_PRACTICAL", "GN_CLOSEST", "GN_EXACT", "GN_MEASURED",
+            "GN_<k>", "GN" (32 groups), "BN", "SyncBN" or "FrozenBN".
+        weight_standardization: Standardize the convolutions of backbone, FPN and box head.
+        num_classes: The number of classes and 1 for the background, as torchvision counts.
+        stages: How many of the ResNet's four stages there are.
+        channels: The width of the FPN and of the heads' convolutions.
+        box_convs: The number of convolutions in the box head.
+        fc_channels: The width of the layer after them.
+        **kwargs: Arguments of torchvision's ``FasterRCNN``, such as ``min_size``.
 
     Raises:
-        ValueError: a depth, number of stages or norm that does not exist.
+        ValueError: There is no such depth, number of stages or norm.
+        TypeError: There is no such argument.
     """
-    check_width("num_classes", num_classes)
     if num_classes < 2:
-        raise ValueError("num_classes counts the background, so it must be at least 2; got 1")
+        raise ValueError(f"num_classes counts the background: at least 2, but got {num_classes}")
     _check_arguments(kwargs, FasterRCNN)
-    backbone, levels = _backbone(depth, norm, stages, channels)
-    box_head = _box_head(channels, box_convs, fc_channels, norm)
-    kwargs = {
-        "rpn_anchor_generator": _anchors(levels),
-        "box_roi_pool": MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
-        "box_head": box_head,
-        "box_predictor": FastRCNNPredictor(fc_channels, num_classes),
-    } | kwargs
-    return _finish(FasterRCNN(backbone, **kwargs), weight_standardization)
+    norms = norm_layer(norm)
+    backbone = _backbone(depth, norms, stages, channels)
+    parts = _box_parts(norms, stages, channels, box_convs, fc_channels, num_classes)
+    model = FasterRCNN(backbone, **parts | kwargs)
+    return _standardized(model) if weight_standardization else model
 
 
 def panoptic_fpn_resnet(
@@ -106,85 +105,74 @@ def panoptic_fpn_resnet(
     fc_channels: int = 1024,
     mask_convs: int = 4,
     semantic_channels: int = 128,
-    min_stuff_area: int = 4096,
     **kwargs: Any,
 ) -> PanopticFPN:
-    """Panoptic FPN (arXiv 1901.02446) with a ResNet-FPN backbone: see :class:`PanopticFPN`.
+    """Panoptic FPN with a ResNet-FPN backbone of random weights: see :class:`PanopticFPN`.
 
     Args:
-        depth, norm, weight_standardization, stages, channels, box_convs, fc_channels: as of
-            :func:`fasterrcnn_resnet_fpn`; the norm is that of the mask head and the semantic
-            branch, too.
-        num_things, num_stuff: without background. The defaults are COCO's.
-        mask_convs: number of the mask head's convolutions, ``channels`` wide.
-        semantic_channels: width of the semantic branch.
-        min_stuff_area: stuff segments of fewer pixels are left out.
-        **kwargs: those of torchvision's ``MaskRCNN``.
+        depth, norm, weight_standardization, stages, channels, box_convs, fc_channels: As in
+            :func:`fasterrcnn_resnet_fpn`.
+        num_things, num_stuff: The numbers of classes, by default COCO's.
+        mask_convs: The number of convolutions in the mask head.
+        semantic_channels: The width of the semantic branch.
+        **kwargs: Arguments of ``PanopticFPN`` and torchvision's ``MaskRCNN``.
 
     Raises:
-        ValueError: as :func:`fasterrcnn_resnet_fpn`.
+        ValueError, TypeError: As in :func:`fasterrcnn_resnet_fpn`.
     """
     check_width("num_things", num_things)
     check_width("num_stuff", num_stuff)
-    check_width("semantic_channels", semantic_channels)
     if num_stuff >= IGNORE_LABEL:
         raise ValueError(
             f"num_stuff must be below {IGNORE_LABEL}, the label of what is ignored; got {num_stuff}"
         )
     _check_arguments(kwargs, MaskRCNN, PanopticFPN)
-    backbone, levels = _backbone(depth, norm, stages, channels)
-    kwargs = {
-        "rpn_anchor_generator": _anchors(levels),
-        "box_roi_pool": MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
+    levels, norms = LEVELS[:stages], norm_layer(norm)
+    backbone = _backbone(depth, norms, stages, channels)
+    parts = _box_parts(norms, stages, channels, box_convs, fc_channels, num_things + 1) | {
         "mask_roi_pool": MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2),
-        "box_head": _box_head(channels, box_convs, fc_channels, norm),
-        "box_predictor": FastRCNNPredictor(fc_channels, num_things + 1),
-        "mask_head": MaskRCNNHeads(channels, [channels] * mask_convs, 1, norm_layer(norm)),
+        "mask_head": MaskRCNNHeads(channels, [channels] * mask_convs, 1, norms),
         "mask_predictor": MaskRCNNPredictor(channels, channels, num_things + 1),
-    } | kwargs
-    branch = SemanticBranch(levels, channels, semantic_channels, num_stuff + 1, norm_layer(norm))
-    model = PanopticFPN(backbone, semantic_branch=branch, min_stuff_area=min_stuff_area, **kwargs)
-    return _finish(model, weight_standardization)
+    }
+    branch = SemanticBranch(levels, channels, semantic_channels, num_stuff + 1, norms)
+    model = PanopticFPN(backbone, semantic_branch=branch, **parts | kwargs)
+    return _standardized(model) if weight_standardization else model
 
 
-def _backbone(
-    depth: int, norm: str, stages: int, channels: int
-) -> tuple[BackboneWithFPN, list[str]]:
-    """The ResNet-FPN, and the names of its levels without the pooled one."""
-    if depth not in DEPTHS or isinstance(depth, float):
+def _backbone(depth: int, norms: NormLayer, stages: int, channels: int) -> BackboneWithFPN:
+    if depth not in DEPTHS:
         raise ValueError(f"depth must be one of {DEPTHS}, got {depth!r}")
-    if stages not in (1, 2, 3, 4) or isinstance(stages, float):
+    if stages not in (1, 2, 3, 4):
         raise ValueError(f"stages must be 1 to 4, got {stages!r}")
-    check_width("channels", channels)
-    body = getattr(resnet, f"resnet{depth}")(weights=None, norm_layer=norm_layer(norm))
+    body = getattr(resnet, f"resnet{depth}")(weights=None, norm_layer=norms)
     widths = [body.inplanes >> shift for shift in (3, 2, 1, 0)][:stages]
-    levels = [str(i) for i in range(stages)]
-    layers = {f"layer{i + 1}": level for i, level in enumerate(levels)}
-    return BackboneWithFPN(body, layers, widths, channels, norm_layer=norm_layer(norm)), levels
+    layers = {f"layer{i + 1}": level for i, level in enumerate(LEVELS[:stages])}
+    return BackboneWithFPN(body, layers, widths, channels, norm_layer=norms)
 
 
-def _anchors(levels: list[str]) -> AnchorGenerator:
-    sizes = tuple((32 * 2**i,) for i in range(len(levels) + 1))
-    return AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-
-
-def _box_head(channels: int, convs: int, fc_channels: int, norm: str) -> nn.Module:
-    check_width("fc_channels", fc_channels)
-    return FastRCNNConvFCHead((channels, 7, 7), [channels] * convs, [fc_channels], norm_layer(norm))
+def _box_parts(
+    norms: NormLayer, stages: int, channels: int, convs: int, fc_channels: int, num_classes: int
+) -> dict[str, Any]:
+    """Arguments of torchvision's models: anchors, and what belongs to the boxes."""
+    sizes = tuple((32 * 2**i,) for i in range(stages + 1))
+    return {
+        "rpn_anchor_generator": AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
+        "box_roi_pool": MultiScaleRoIAlign(LEVELS[:stages], output_size=7, sampling_ratio=2),
+        "box_head": FastRCNNConvFCHead((channels, 7, 7), [channels] * convs, [fc_channels], norms),
+        "box_predictor": FastRCNNPredictor(fc_channels, num_classes),
+    }
 
 
 def _check_arguments(kwargs: dict[str, Any], *classes: type) -> None:
-    """TypeError for a name no class takes; torchvision's ignore it."""
+    """Raise TypeError for a name that no class takes; torchvision's classes ignore it."""
     known = {name for cls in classes for name in inspect.signature(cls).parameters}
-    for name in kwargs:
-        if name not in known or name in ("backbone", "num_classes", "kwargs"):
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"unknown argument {name!r}{hint}")
+    known -= {"backbone", "num_classes", "kwargs"}
+    for name in kwargs.keys() - known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TypeError(f"unknown argument {name!r}{hint}")
 
 
-def _finish(model: Any, weight_standardization: bool) -> Any:
-    require_resolved(model)
-    if weight_standardization:
-        apply_weight_standardization(model, ["backbone", "roi_heads.box_head"])
+def _standardized(model: Any) -> Any:
+    apply_weight_standardization(model, ["backbone", "roi_heads.box_head"])
     return model

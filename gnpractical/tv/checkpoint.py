@@ -8,7 +8,7 @@ from typing import Any
 
 from gnpractical.runs.checkpointer import GroupCheckpointer
 from gnpractical.runs.group_record import GroupRecord
-from gnpractical.tv.distributed import check_same
+from gnpractical.tv.distributed import all_gather
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 class TorchvisionCheckpointer(GroupCheckpointer):
     """A :class:`GroupCheckpointer` whose errors name the script's options."""
 
-    _whole = False  # whether every parameter must be in the file
+    _needs_all = False  # whether every parameter of the model has to be in the file
 
     def advice(self, differing: list[str], record: GroupRecord) -> str:
         norms = sorted({record[name]["norm"] for name in differing})
@@ -34,12 +34,16 @@ class TorchvisionCheckpointer(GroupCheckpointer):
             The iteration to begin with.
 
         Raises:
-            ValueError: the last checkpoint is of another model, or not of all processes.
+            ValueError: The last checkpoint is of another model, or some processes do not see it.
         """
-        resume = resume and self.has_checkpoint()
         last = self.get_checkpoint_file() if resume else ""
-        check_same(last, f"--output-dir {self.save_dir!r} must be on a disk of all machines")
-        if resume:
+        seen = all_gather(last)
+        if len(set(seen)) > 1:
+            raise ValueError(
+                f"--output-dir {self.save_dir!r} must be on a disk of all machines, "
+                f"but its last checkpoint is, by process: {seen}"
+            )
+        if last:
             return self.load_all(last).get("iteration", -1) + 1
         if self.save_to_disk and self.has_checkpoint():
             logger.warning(
@@ -52,14 +56,14 @@ class TorchvisionCheckpointer(GroupCheckpointer):
         return 0
 
     def load_all(self, path: str, **kwargs: Any) -> dict[str, Any]:
-        """As ``load``; ValueError unless the file has every parameter of the model."""
-        self._whole = True
+        """As ``load``, but raise ValueError unless the file has every parameter of the model."""
+        self._needs_all = True
         return self.load(path, **kwargs)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         incompatible = super()._load_model(checkpoint)
         odd = [*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)]
-        if self._whole and odd:
+        if self._needs_all and odd:
             raise ValueError(
                 f"{self._loading} is of another model: {len(odd)} of the weights are missing or "
                 f"of another shape, first {odd[0]}. Choose --model, --depth, --quick and --dataset "

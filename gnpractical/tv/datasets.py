@@ -12,36 +12,37 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as coco_mask
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from pycocotools.coco import COCO
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from gnpractical.datasets.annotations import to_rle
 from gnpractical.datasets.coco_files import check_annotations, check_files, split_files
-from gnpractical.datasets.panoptic import Json, read_json, semantic_labels
+from gnpractical.datasets.panoptic import Json, read_image, read_json, semantic_labels
 from gnpractical.datasets.shapes import FOLDER, make_shapes
-from gnpractical.tv.distributed import barrier, rank
+from gnpractical.tv.distributed import all_gather, rank
 
 
 class CocoImages(Dataset):
     """Images (3, H, W) float in [0, 1], and a target for each.
 
-    A target has ``boxes`` (N, 4) as x0, y0, x1, y1, ``labels`` (N,) from 1, ``image_id``, and
-    for the panoptic model ``masks`` (N, H, W) and ``semantic`` (H, W). Crowds are left out, and
-    boxes that are empty once clipped to the image.
+    A target has ``boxes`` (N, 4) as x0, y0, x1, y1, ``labels`` (N,) from 1, ``image_id``, and for
+    the panoptic model ``masks`` (N, H, W) and ``semantic`` (H, W). Crowds are left out, and boxes
+    that are empty once they are clipped to the image.
 
     Args:
-        files: of ``coco_files.split_files``.
-        panoptic: whether there are masks and semantic labels.
-        train: flip half of the images, and without ``panoptic`` leave out those without boxes.
+        files: What ``coco_files.split_files`` returns.
+        panoptic: Whether the targets have masks and semantic labels.
+        train: Flip half of the images, and without ``panoptic`` leave out those without boxes.
 
     Attributes:
-        things, stuff: category id -> name, in the order of their labels from 1.
-        coco: the annotations, to score against; None of a training split.
+        things, stuff: The name of each category by its id, in the order of the labels from 1.
+        coco: The annotations to score against, or None of a training split.
 
     Raises:
-        ValueError: no images, or files that contradict one another.
+        ValueError: There are no images, or the files contradict one another.
     """
 
     def __init__(self, files: Mapping[str, str], *, panoptic: bool, train: bool) -> None:
@@ -51,19 +52,14 @@ class CocoImages(Dataset):
         for a in coco.anns.values():  # what scoring asks for and some files leave out
             a.setdefault("iscrowd", 0)
             a.setdefault("area", a["bbox"][2] * a["bbox"][3])
-        categories = sorted(coco.dataset["categories"], key=lambda c: c["id"])
-        self.things = {c["id"]: c["name"] for c in categories}
+        self.things = {id: coco.cats[id]["name"] for id in sorted(coco.cats)}
         self.stuff: dict[int, str] = {}
-        semantic: dict[int, str] = {}
-        if panoptic:
-            semantic = self._read_panoptic(read_json(files["panoptic_json"]), set(coco.imgs))
+        semantic = self._read_panoptic(set(coco.imgs)) if panoptic else {}
         records = []
-        for image_id in sorted(coco.imgs):
-            image = coco.imgs[image_id]
+        for image_id, image in sorted(coco.imgs.items()):
             instances = _instances(image, coco.imgToAnns[image_id], panoptic)
             if instances or panoptic or not train:
-                record = image_id, image, instances, semantic.get(image_id, "")
-                records.append(pickle.dumps(record))
+                records.append(pickle.dumps((image, instances, semantic.get(image_id, ""))))
         if not records:
             raise ValueError(f"{files['json_file']} has no images to use")
         # One array, not a million Python objects, of which every loader process would get a copy.
@@ -82,43 +78,31 @@ class CocoImages(Dataset):
         return len(self._ends)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        image_id, entry, instances, semantic = self._record(index)
-        image = self.read_image(index)
+        start = self._ends[index - 1] if index else 0
+        entry, instances, semantic = pickle.loads(self._records[start : self._ends[index]].data)
+        image = _open(os.path.join(self.files["image_root"], entry["file_name"]), entry)
         size = (image.height, image.width)
         label_of = {category_id: i + 1 for i, category_id in enumerate(self.things)}
         boxes = torch.tensor([box for _, box, _ in instances], dtype=torch.float32).reshape(-1, 4)
-        labels = torch.tensor([label_of[c] for c, _, _ in instances], dtype=torch.int64)
         target: dict[str, Any] = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
-            "labels": labels,
-            "image_id": image_id,
+            "labels": torch.tensor([label_of[c] for c, _, _ in instances], dtype=torch.int64),
+            "image_id": entry["id"],
         }
         if self.panoptic:
-            masks = [coco_mask.decode(_rle(segmentation, size)) for _, _, segmentation in instances]
+            masks = [coco_mask.decode(to_rle(mask, *size)) for _, _, mask in instances]
             target["masks"] = tv_tensors.Mask(
                 np.stack(masks) if masks else np.zeros((0, *size), np.uint8)
             )
             path = os.path.join(self.files["sem_seg_root"], semantic)
             target["semantic"] = tv_tensors.Mask(np.array(_open(path, entry)))
-        return self._transform(tv_tensors.Image(np.array(image).transpose(2, 0, 1)), target)
+        pixels = np.array(image.convert("RGB")).transpose(2, 0, 1)
+        return self._transform(tv_tensors.Image(pixels), target)
 
-    def read_image(self, index: int) -> Image.Image:
-        """The image in RGB, upright.
-
-        Raises:
-            ValueError: it cannot be read, or has another size than the annotations say.
-        """
-        _, entry, *_ = self._record(index)
-        path = os.path.join(self.files["image_root"], entry["file_name"])
-        return _open(path, entry).convert("RGB")
-
-    def _record(self, index: int) -> tuple[int, Json, list[tuple], str]:
-        start = self._ends[index - 1] if index else 0
-        return pickle.loads(self._records[start : self._ends[index]].data)
-
-    def _read_panoptic(self, data: Json, image_ids: set[int]) -> dict[int, str]:
-        """Takes the stuff categories; the PNG of each image."""
+    def _read_panoptic(self, image_ids: set[int]) -> dict[int, str]:
+        """Take the stuff categories from the panoptic JSON, and return the PNG of each image."""
         path = self.files["panoptic_json"]
+        data = read_json(path)
         labels = semantic_labels(data["categories"])  # as the semantic PNGs were made
         names = {c["id"]: c["name"] for c in data["categories"]}
         self.stuff = {category_id: names[category_id] for category_id, i in labels.items() if i}
@@ -141,15 +125,13 @@ class CocoImages(Dataset):
 
 
 def open_split(data_path: str, name: str, split: str, *, panoptic: bool, check: bool) -> CocoImages:
-    """The split "train" or "val" of the data set in ``data_path/name``, which is there and sound.
+    """The split "train" or "val" of the data set in ``data_path/name``.
 
     Its files are called ``train2017`` and so on where COCO's are. gnp_shapes is made on first use.
-
-    Args:
-        check: look for annotations that would train wrongly.
+    With ``check``, annotations from which a model would learn something wrong are an error.
 
     Raises:
-        ValueError: files missing or wrong; the message says what makes them.
+        ValueError: Files are missing or wrong. The message says what makes them.
     """
     folder = os.path.join(data_path, name)
     if name == FOLDER:
@@ -163,20 +145,18 @@ def open_split(data_path: str, name: str, split: str, *, panoptic: bool, check: 
     check_files(title, files, data_path, "--data-path")
     if check and rank() == 0:
         check_annotations(title, files, "give --no-check-annotations")
-    barrier()  # the others wait for the verdict
+    all_gather(None)  # the others wait for the verdict; torchrun ends them if it is an error
     return CocoImages(files, panoptic=panoptic, train=split == "train")
 
 
 def check_categories(train: CocoImages, val: CocoImages) -> None:
-    """ValueError unless both splits have the same categories, from which labels are made."""
-    for kind in ("things", "stuff"):
-        mine, other = getattr(train, kind), getattr(val, kind)
-        if mine != other:
-            odd = sorted(set(mine.items()) ^ set(other.items()))
-            raise ValueError(
-                f"{train.files['json_file']} and {val.files['json_file']} must have the same "
-                f"categories; {len(odd)} {kind} are in one alone, first {odd[0]}"
-            )
+    """Raise ValueError unless both splits have the same categories, from which labels are made."""
+    odd = (train.things.items() ^ val.things.items()) | (train.stuff.items() ^ val.stuff.items())
+    if odd:
+        raise ValueError(
+            f"{train.files['json_file']} and {val.files['json_file']} must have the same "
+            f"categories; {len(odd)} are in one alone, first {min(odd)}"
+        )
 
 
 def collate(samples: list[tuple]) -> tuple[list, list]:
@@ -200,21 +180,9 @@ def _instances(image: Json, annotations: list[Json], panoptic: bool) -> list[tup
     return instances
 
 
-def _rle(segmentation: Any, size: tuple[int, int]) -> Json:
-    if isinstance(segmentation, list):  # polygons
-        return coco_mask.merge(coco_mask.frPyObjects(segmentation, *size))
-    if isinstance(segmentation["counts"], list):
-        return coco_mask.frPyObjects(segmentation, *size)
-    return segmentation
-
-
 def _open(path: str, entry: Json) -> Image.Image:
-    try:
-        with Image.open(path) as file:
-            file.load()
-            image = ImageOps.exif_transpose(file)
-    except (OSError, SyntaxError) as e:  # Pillow's for a broken PNG
-        raise ValueError(f"{path}: not a readable image ({e})") from e
+    """The image at ``path``, upright, of the size that its ``entry`` in the annotations says."""
+    image = read_image(path)
     if image.mode.startswith("I"):
         raise ValueError(f"{path}: 16 or 32 bits a pixel, 8 are required; convert the image")
     if image.size != (entry["width"], entry["height"]):

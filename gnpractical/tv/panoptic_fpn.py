@@ -17,15 +17,15 @@ from torchvision.ops import Conv2dNormActivation
 from gnpractical.datasets.panoptic import IGNORE_LABEL
 
 STRIDE = 4  # of the semantic branch's output, and of the FPN's finest level
-
-Segment = dict[str, Any]
+MIN_SCORE = 0.5  # of an instance that becomes a segment
+MAX_OVERLAP = 0.5  # the share of an instance that others may have taken
 
 
 class PanopticFPN(MaskRCNN):
     """Mask R-CNN with a semantic branch.
 
-    Called as ``MaskRCNN`` is. In training, each target also has ``semantic`` (H, W): 0 for all
-    things, 1, 2, ... for stuff, 255 where the loss looks away; the losses gain
+    It is called as ``MaskRCNN`` is. In training, each target also has ``semantic`` (H, W): 0 for
+    all things, 1, 2, ... for stuff, 255 where the loss looks away; the losses gain
     ``loss_semantic``. In evaluation each result also has
 
     * ``panoptic_ids`` (H, W) int64: the id of each pixel's segment, 0 for none;
@@ -33,28 +33,25 @@ class PanopticFPN(MaskRCNN):
       ``isthing`` for each segment.
 
     Args:
-        backbone, num_classes, **kwargs: as of ``MaskRCNN``.
-        semantic_branch: gives logits at a quarter of the padded images' size.
-        semantic_weight: of its loss.
-        min_score, max_overlap, min_stuff_area: as of :func:`merge`.
+        backbone, **kwargs: Arguments of ``MaskRCNN``.
+        semantic_branch: Gives logits at a quarter of the padded images' size.
+        semantic_weight: The weight of its loss.
+        min_stuff_area: Stuff segments of fewer pixels are left out.
     """
 
     def __init__(
         self,
         backbone: nn.Module,
-        num_classes: int | None = None,
         *,
         semantic_branch: nn.Module,
         semantic_weight: float = 0.5,
-        min_score: float = 0.5,
-        max_overlap: float = 0.5,
         min_stuff_area: int = 4096,
         **kwargs: Any,
     ) -> None:
-        super().__init__(backbone, num_classes, **kwargs)
+        super().__init__(backbone, **kwargs)
         self.semantic_branch = semantic_branch
         self.semantic_weight = semantic_weight
-        self.merge_options = (min_score, max_overlap, min_stuff_area)
+        self.min_stuff_area = min_stuff_area
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         if self.training:
@@ -67,7 +64,6 @@ class PanopticFPN(MaskRCNN):
         logits = self.semantic_branch(features).float()
         logits = F.interpolate(logits, scale_factor=STRIDE, mode="bilinear", align_corners=False)
         if self.training:
-            assert targets is not None
             labels = _batch_labels(
                 [target["semantic"] for target in targets], batch.image_sizes, logits.shape[-2:]
             )
@@ -86,7 +82,7 @@ class PanopticFPN(MaskRCNN):
                 result["labels"],
                 result["scores"],
                 semantic,
-                *self.merge_options,
+                self.min_stuff_area,
             )
         return results
 
@@ -95,10 +91,10 @@ class SemanticBranch(nn.Module):
     """Sec. 3.1: each level is convolved and upsampled to a quarter of the image, and all summed.
 
     Args:
-        levels: names of the FPN's levels, the first of stride 4, each of twice the one before.
-        in_channels, channels: width of the FPN, and of this branch.
-        num_classes: one for all things, and each kind of stuff.
-        norm_layer: makes the norm of a number of channels.
+        levels: The names of the FPN's levels, the first of stride 4, each of twice the one before.
+        in_channels, channels: The widths of the FPN and of this branch.
+        num_classes: One for all things and one for each kind of stuff.
+        norm_layer: Makes the norm of a number of channels.
     """
 
     def __init__(
@@ -123,8 +119,7 @@ class SemanticBranch(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        nn.init.zeros_(self.predictor.bias)
 
     def forward(self, features: dict[str, Tensor]) -> Tensor:
         """Logits (N, num_classes, H / 4, W / 4)."""
@@ -132,39 +127,31 @@ class SemanticBranch(nn.Module):
 
 
 def merge(
-    masks: Tensor,
-    labels: Tensor,
-    scores: Tensor,
-    semantic: Tensor,
-    min_score: float = 0.5,
-    max_overlap: float = 0.5,
-    min_stuff_area: int = 4096,
-) -> tuple[Tensor, list[Segment]]:
+    masks: Tensor, labels: Tensor, scores: Tensor, semantic: Tensor, min_stuff_area: int
+) -> tuple[Tensor, list[dict[str, Any]]]:
     """Instances by falling score, then stuff in what they leave; Sec. 4.
 
     Args:
         masks: (N, H, W) bool, with labels (N,) from 1 and scores (N,).
         semantic: (H, W), 0 for things.
-        min_score: instances below are left out.
-        max_overlap: so is one of which a larger share is taken already.
-        min_stuff_area: and stuff of fewer pixels.
+        min_stuff_area: Stuff of fewer pixels is left out.
 
     Returns:
-        Segment ids (H, W) int64, and the segments: see :class:`PanopticFPN`.
+        ``panoptic_ids`` and ``segments``, as in :class:`PanopticFPN`.
     """
     ids = torch.zeros_like(semantic, dtype=torch.int64)
-    segments: list[Segment] = []
+    segments: list[dict[str, Any]] = []
 
     def add(mask: Tensor, label: int, isthing: bool) -> None:
         ids[mask] = len(segments) + 1
         segments.append({"id": len(segments) + 1, "label": label, "isthing": isthing})
 
     for i in scores.argsort(descending=True).tolist():
-        if scores[i] < min_score:
+        if scores[i] < MIN_SCORE:
             break
         free = masks[i] & (ids == 0)
         area, free_area = int(masks[i].sum()), int(free.sum())
-        if area and (area - free_area) / area <= max_overlap:
+        if area and (area - free_area) / area <= MAX_OVERLAP:
             add(free, int(labels[i]), True)
     for label in semantic.unique().tolist():
         mask = (semantic == label) & (ids == 0)
@@ -174,18 +161,17 @@ def merge(
 
 
 def _check_targets(images: list[Tensor], targets: list[dict[str, Tensor]] | None) -> None:
-    if len(targets or []) != len(images) or any("semantic" not in t for t in targets or []):
+    if not targets or len(targets) != len(images) or any("semantic" not in t for t in targets):
         raise ValueError(
             "in training Panoptic FPN needs a target for each image, with its semantic labels "
             "(H, W) as 'semantic' besides Mask R-CNN's boxes, labels and masks"
         )
-    for i, (image, target) in enumerate(zip(images, targets or [], strict=True)):
-        if target["semantic"].shape != image.shape[-2:]:
+    for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+        boxes, shape, size = target["boxes"], target["semantic"].shape, image.shape[-2:]
+        if shape != size:
             raise ValueError(
-                f"target {i}: 'semantic' is {tuple(target['semantic'].shape)} for an "
-                f"image of {tuple(image.shape[-2:])}"
+                f"target {i}: 'semantic' is {tuple(shape)} for an image of {tuple(size)}"
             )
-        boxes = target["boxes"]
         if (boxes[:, 2:] <= boxes[:, :2]).any():
             raise ValueError(
                 f"target {i}: boxes must be x0, y0, x1, y1 with x0 < x1 and y0 < y1; "
@@ -194,7 +180,7 @@ def _check_targets(images: list[Tensor], targets: list[dict[str, Tensor]] | None
 
 
 def _batch_labels(labels: list[Tensor], sizes: list[tuple[int, int]], padded: torch.Size) -> Tensor:
-    """Label maps resized as their images were, and padded with IGNORE_LABEL: (N, H, W) int64."""
+    """Label maps (N, H, W) int64, resized as their images were and padded with IGNORE_LABEL."""
     batch = labels[0].new_full((len(labels), *padded), IGNORE_LABEL, dtype=torch.int64)
     for i, (label, (h, w)) in enumerate(zip(labels, sizes, strict=True)):
         resized = F.interpolate(label[None, None].float(), size=(h, w), mode="nearest-exact")

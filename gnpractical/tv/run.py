@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from gnpractical.datasets.coco_files import datasets_root
@@ -21,7 +22,7 @@ from gnpractical.tv.evaluation import evaluate
 from gnpractical.tv.training import TrainingRecipe, train, write_scores
 
 MODELS = ("panoptic_fpn_resnet", "fasterrcnn_resnet_fpn")
-HEADLINES = {"bbox/AP": "bbox AP", "segm/AP": "segm AP", "panoptic_seg/PQ": "panoptic_seg PQ"}
+HEADLINES = ("bbox/AP", "segm/AP", "panoptic_seg/PQ")  # the scores that are printed at the end
 # The least value of each number among the options.
 _LEAST = dict.fromkeys(("iterations", "batch_size", "checkpoint_period", "max_size"), 1)
 _LEAST |= dict.fromkeys(("calibration_batches", "min_size"), 1)
@@ -61,16 +62,15 @@ def run(options: RunOptions) -> None:
     _check(options)
     device = distributed.start(options.device)
     _log_to(options.output_dir)
-    torch.manual_seed(options.seed)
     val = _open(options, "val")
-    if options.test_only:
-        model = _build(options, val).to(device)
-        iteration = _load(model, options)
-    else:
+    if not options.test_only:
         train_split = _open(options, "train")
         check_categories(train_split, val)
-        torch.manual_seed(options.seed)
-        model = _build(options, val).to(device)
+    torch.manual_seed(options.seed)
+    model = _build(options, val).to(device)
+    if options.test_only:
+        iteration = _load(model, options)
+    else:
         kept = options.iterations // options.checkpoint_period + 1
         check_disk_space(options.output_dir, model, kept, "--output-dir")
         train(
@@ -87,12 +87,13 @@ def run(options: RunOptions) -> None:
     scores = evaluate(model, val, folder, device, options.workers)
     if scores:  # on rank 0
         write_scores(options.output_dir, iteration, scores)
-        text = ", ".join(f"{HEADLINES[k]} {v:.1f}" for k, v in scores.items() if k in HEADLINES)
+        text = ", ".join(f"{k.replace('/', ' ')} {scores[k]:.1f}" for k in HEADLINES if k in scores)
         print(
             f"{text}. Group counts: {options.output_dir}/groups.json. "
             f"Predictions: {folder}/predictions.png"
         )
-    distributed.stop()
+    if dist.is_initialized():  # only after success: after an error the others may never come here
+        dist.destroy_process_group()
 
 
 def _check(options: RunOptions) -> None:
@@ -111,15 +112,12 @@ def _check(options: RunOptions) -> None:
             "--test-only needs either --weights FILE, or --resume for the run's last checkpoint"
         )
     check_output_dir(options.output_dir, "--output-dir")
-    last = os.path.join(options.output_dir, "last_checkpoint")
-    if options.test_only and options.resume and not os.path.exists(last):
-        raise ValueError(f"--resume: there is no checkpoint in {options.output_dir!r}")
 
 
 def _log_to(output_dir: str) -> None:
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-    if distributed.rank() == 0:
-        handlers.append(logging.FileHandler(os.path.join(output_dir, "log.txt")))
+    """Log to the console and to ``log.txt``; processes other than rank 0 log only warnings."""
+    file = logging.FileHandler(os.path.join(output_dir, "log.txt"))
+    handlers = [logging.StreamHandler(sys.stdout), file]
     level = logging.INFO if distributed.rank() == 0 else logging.WARNING
     logging.basicConfig(
         level=level, handlers=handlers, format="[%(asctime)s] %(message)s", datefmt="%m/%d %H:%M:%S"
@@ -144,11 +142,13 @@ def _build(options: RunOptions, dataset: CocoImages) -> nn.Module:
 
 
 def _load(model: nn.Module, options: RunOptions) -> int:
-    """Load what is to be evaluated; the iteration it was saved at."""
+    """Load what is to be evaluated, and return the iteration at which it was saved."""
     checkpointer = TorchvisionCheckpointer(
         model, options.output_dir, mismatch=options.checkpoint_mismatch
     )
     path = options.weights or checkpointer.get_checkpoint_file()
+    if not path:
+        raise ValueError(f"--resume: there is no checkpoint in {options.output_dir!r}")
     iteration = checkpointer.load_all(path, checkpointables=[]).get("iteration", -1)
     if any(norm.num_groups is None for norm in measured_norms(model).values()):
         raise ValueError(

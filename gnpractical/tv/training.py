@@ -9,10 +9,10 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from fvcore.common.checkpoint import PeriodicCheckpointer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from gnpractical.layers.pairing import norm_width
@@ -72,18 +72,18 @@ def train(
 ) -> None:
     """Train ``model`` in this and the other processes, and leave checkpoints in ``output_dir``.
 
-    Calibrates GN_MEASURED norms and writes ``groups.json`` before the first step; writes
-    ``metrics.json`` (a line each 20 iterations) and TensorBoard's events on the way.
+    Calibrates GN_MEASURED norms and writes ``groups.json`` before the first step. Every 20
+    iterations the log, ``metrics.json`` and TensorBoard's events get a line.
 
     Args:
-        model: takes images and targets, gives a dict of losses; on its device.
-        weights: a checkpoint to begin with, "" for none.
-        resume: go on from the last checkpoint of ``output_dir``, if there is one.
-        mismatch: of group counts, as of ``GroupCheckpointer``.
+        model: Takes images and targets and gives a dict of losses. It is on its device.
+        weights: A checkpoint to begin with, "" for none.
+        resume: Go on from the last checkpoint in ``output_dir``, if there is one.
+        mismatch: What other group counts in a checkpoint do, as in ``GroupCheckpointer``.
 
     Raises:
-        FloatingPointError: the loss is not finite; the message names the last checkpoint.
-        ValueError, OSError: as ``GroupCheckpointer``'s.
+        FloatingPointError: The loss is not finite. The message names the last checkpoint.
+        ValueError, OSError: A checkpoint cannot be loaded or written.
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.SGD(_parameter_groups(model), recipe.lr, recipe.momentum)
@@ -97,7 +97,7 @@ def train(
         **({"scaler": scaler} if scaler.is_enabled() else {}),
     )
     first = checkpointer.start(weights, resume)
-    for group in optimizer.param_groups:  # a resumed run's own are of the checkpoint
+    for group in optimizer.param_groups:  # those of a resumed run came from its checkpoint
         group["weight_decay"] = recipe.weight_decay if group["decays"] else 0.0
     saver = PeriodicCheckpointer(checkpointer, recipe.checkpoint_period, recipe.iterations)
 
@@ -113,18 +113,21 @@ def train(
     if world_size() > 1:
         trained = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     model.train()
-    with _Metrics(output_dir, first, recipe.iterations) as metrics:
+    steps: deque[dict[str, float]] = deque(maxlen=PRINT_PERIOD)
+    writer = SummaryWriter(output_dir, purge_step=first) if rank() == 0 else None
+    with writer or nullcontext():
         for iteration in range(first, recipe.iterations):
+            start = time.perf_counter()
             lr = recipe.lr * _lr_factor(recipe, iteration)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with autocast:
                 losses = trained(*_to(next(batches), device))
-                total = sum(losses.values())
-            if not math.isfinite(total.item()):
-                values = {name: loss.item() for name, loss in losses.items()}
+                losses["total_loss"] = total = sum(losses.values())
+            values = {name: loss.item() for name, loss in losses.items()}
+            if not math.isfinite(values["total_loss"]):
                 raise FloatingPointError(
-                    f"The loss became {total.item()} at iteration {iteration} ({values}). "
+                    f"The loss became {values['total_loss']} at iteration {iteration} ({values}). "
                     f"{checkpointer.last_good()} Try a lower --lr, a longer --warmup or "
                     f"--clip-grad-norm."
                 )
@@ -135,9 +138,11 @@ def train(
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad_norm)
             scaler.step(optimizer)
             scaler.update()
-            metrics.step(iteration, losses | {"total_loss": total}, lr)
+            steps.append(values | {"lr": lr, "time": time.perf_counter() - start})
+            left = recipe.iterations - iteration - 1
+            if writer and (left == 0 or (iteration + 1) % PRINT_PERIOD == 0):
+                _report(writer, iteration, left, steps)
             saver.step(iteration)
-            metrics.restart_clock()
 
 
 def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -156,101 +161,60 @@ def _lr_factor(recipe: TrainingRecipe, iteration: int) -> float:
 
 def _batches(dataset: CocoImages, recipe: TrainingRecipe, first: int) -> Iterator[Any]:
     """This process's part of every batch from iteration ``first`` on, without end."""
+    order = _shuffled(len(dataset), recipe.seed, first * recipe.batch_size)
     loader = DataLoader(
         dataset,
         recipe.batch_size // world_size(),
         num_workers=recipe.workers,
         collate_fn=collate,
-        sampler=_Shuffled(len(dataset), recipe.seed, first * recipe.batch_size),
+        sampler=itertools.islice(order, rank(), None, world_size()),
     )
     return iter(loader)
 
 
-class _Shuffled(Sampler[int]):
-    """This process's share of an endless stream of shuffled epochs, from place ``start`` on.
+def _shuffled(size: int, seed: int, start: int) -> Iterator[int]:
+    """An endless stream of shuffled epochs, from place ``start`` on.
 
-    So that a run which is stopped and resumed sees what it would have seen.
+    So a run that is stopped and resumed sees what it would have seen.
     """
-
-    def __init__(self, size: int, seed: int, start: int) -> None:
-        self._size, self._seed, self._start = size, seed, start
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.islice(self._stream(), rank(), None, world_size())
-
-    def _stream(self) -> Iterator[int]:
-        first, place = divmod(self._start, self._size)
-        for epoch in itertools.count(first):
-            generator = torch.Generator().manual_seed(1000 * self._seed + epoch)
-            yield from torch.randperm(self._size, generator=generator).tolist()[place:]
-            place = 0
+    first, place = divmod(start, size)
+    for epoch in itertools.count(first):
+        generator = torch.Generator().manual_seed(1000 * seed + epoch)
+        yield from torch.randperm(size, generator=generator).tolist()[place:]
+        place = 0
 
 
 def _to(batch: Any, device: torch.device) -> tuple[list, list]:
     images, targets = batch
-    move = partial(torch.Tensor.to, device=device, non_blocking=True)
-    return [move(image) for image in images], [
-        {k: move(v) if isinstance(v, torch.Tensor) else v for k, v in target.items()}
+    return [image.to(device) for image in images], [
+        {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in target.items()}
         for target in targets
     ]
 
 
-class _Metrics:
-    """Medians of 20 steps' losses and time, and ETA: to log, metrics.json and TensorBoard."""
-
-    def __init__(self, output_dir: str, first: int, iterations: int) -> None:
-        self._folder, self._first, self._iterations = output_dir, first, iterations
-        self._writer: SummaryWriter | None = None
-        # Of the last steps; losses stay on their device, so that nothing waits for it.
-        self._times: deque[float] = deque(maxlen=PRINT_PERIOD)
-        self._losses: deque[dict[str, torch.Tensor]] = deque(maxlen=PRINT_PERIOD)
-        self.restart_clock()
-
-    def __enter__(self) -> _Metrics:
-        if rank() == 0:
-            self._writer = SummaryWriter(self._folder, purge_step=self._first)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._writer:
-            self._writer.close()
-
-    def restart_clock(self) -> None:
-        """A step begins. (Writing a checkpoint belongs to none.)"""
-        self._begun = time.perf_counter()
-
-    def step(self, iteration: int, losses: dict[str, torch.Tensor], lr: float) -> None:
-        self._times.append(time.perf_counter() - self._begun)
-        self._losses.append({name: loss.detach() for name, loss in losses.items()})
-        last = iteration + 1 == self._iterations
-        if self._writer is None or not ((iteration + 1) % PRINT_PERIOD == 0 or last):
-            return
-        seconds = statistics.median(self._times)
-        values = {
-            name: torch.stack([step[name] for step in self._losses]).median().item()
-            for name in losses
-        }
-        values |= {"lr": lr, "time": seconds}
-        _append(self._folder, iteration, values)
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, iteration)
-        eta = timedelta(seconds=int(seconds * (self._iterations - iteration - 1)))
-        memory = ""
-        if torch.cuda.is_available():
-            memory = f"  max_mem: {torch.cuda.max_memory_allocated() // 2**20}M"
-        rest = "  ".join(f"{k}: {v:.4g}" for k, v in values.items() if k != "time")
-        logger.info("eta: %s  iter: %d  %s  time: %.4f%s", eta, iteration, rest, seconds, memory)
+def _report(
+    writer: SummaryWriter, iteration: int, left: int, steps: Sequence[dict[str, float]]
+) -> None:
+    """Log medians of the last ``steps`` and the time that the ``left`` ones will take."""
+    values = {name: statistics.median_low(step[name] for step in steps) for name in steps[-1]}
+    values["lr"] = steps[-1]["lr"]
+    _write(writer, iteration, values)
+    eta = timedelta(seconds=int(values["time"] * left))
+    text = "  ".join(f"{name}: {value:.4g}" for name, value in values.items())
+    if torch.cuda.is_available():
+        text += f"  max_mem: {torch.cuda.max_memory_allocated() // 2**20}M"
+    logger.info("eta: %s  iter: %d  %s", eta, iteration, text)
 
 
 def write_scores(output_dir: str, iteration: int, scores: dict[str, float]) -> None:
     """Append an evaluation's scores to metrics.json and TensorBoard's events."""
-    _append(output_dir, iteration, scores)
     with SummaryWriter(output_dir) as writer:
-        for name, value in scores.items():
-            writer.add_scalar(name, value, iteration)
+        _write(writer, iteration, scores)
 
 
-def _append(output_dir: str, iteration: int, values: dict[str, float]) -> None:
+def _write(writer: SummaryWriter, iteration: int, values: dict[str, float]) -> None:
+    for name, value in values.items():
+        writer.add_scalar(name, value, iteration)
     line = {k: None if math.isnan(v) else v for k, v in values.items()}  # JSON has no nan
-    with open(Path(output_dir, "metrics.json"), "a") as f:
+    with open(Path(writer.get_logdir(), "metrics.json"), "a") as f:
         f.write(json.dumps({"iteration": iteration} | line) + "\n")

@@ -35,6 +35,8 @@ def test_sound_annotations_have_no_problems():
         ({"bbox": [10, 10, 0, 5]}, "box outside", "annotation 9"),
         ({"bbox": [90, 10, 40, 20]}, "box outside", "annotation 9"),  # its centre is outside
         ({"bbox": [float("nan"), 1, 2, 2]}, "box outside", "annotation 9"),
+        ({"bbox": [1, 1, 2, float("nan")]}, "box outside", "annotation 9"),
+        ({"bbox": [1, 1, float("inf"), 2]}, "box outside", "annotation 9"),
         ({"segmentation": [[1.0, 2.0]]}, "empty mask", "annotation 9"),
         ({"segmentation": [[1.0, 2.0, 9.0, 2.0, 9.0, 9.0, 5.0]]}, "empty mask", "annotation 9"),
         ({"segmentation": [[-9.0, 2.0, -5.0, 2.0, -5.0, 9.0]]}, "empty mask", "annotation 9"),
@@ -115,7 +117,7 @@ def test_a_few_bad_boxes_of_a_small_data_set_are_tolerated():
     data["annotations"] = [copy.deepcopy(data["annotations"][0]) | {"id": i} for i in range(50)]
     data["annotations"][7]["bbox"] = [-30, 0, 20, 5]
     (problem,) = check_instances(data)
-    assert problem.count == 1 and not problem.refuse
+    assert len(problem.offenders) == 1 and not problem.refuse
 
 
 def test_a_few_dropped_boxes_are_tolerated_many_are_not():
@@ -124,7 +126,8 @@ def test_a_few_dropped_boxes_are_tolerated_many_are_not():
     for i in range(10):
         data["annotations"][i]["bbox"] = [0, 0, 0, 0]
     (problem,) = check_instances(data)
-    assert problem.count == 10 and len(problem.first) == 3 and not problem.refuse
+    assert len(problem.offenders) == 10 and not problem.refuse
+    assert str(problem).count("annotation") == 3
     data["annotations"][10]["bbox"] = [0, 0, 0, 0]
     assert check_instances(data)[0].refuse
 
@@ -156,4 +159,16 @@ def test_repeated_ids_are_refused(key):
     data = sound()
     data[key].append(copy.deepcopy(data[key][0]))
     (problem,) = check_instances(data, ["a.jpg"])
+    assert problem.kind == f"id used twice in {key!r}" and problem.refuse
+
+
+@pytest.mark.parametrize("key", ["images", "categories"])
+def test_repeated_ids_of_a_panoptic_file_are_refused(key):
+    data = {
+        "images": [{"id": 1}],
+        "categories": [{"id": 3, "isthing": 1}],
+        "annotations": [{"image_id": 1, "file_name": "a.png", "segments_info": []}],
+    }
+    data[key] *= 2
+    (problem,) = check_panoptic(data)
     assert problem.kind == f"id used twice in {key!r}" and problem.refuse

@@ -134,6 +134,7 @@ def test_an_interrupted_run_leaves_nothing_half_made(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_several_processes_at_once(tmp_path):
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=shapes.make_shapes, args=(tmp_path, FEW)) for _ in range(3)]

@@ -29,7 +29,7 @@ def test_merge_by_hand():
     semantic[:, 8:] = 2
     semantic[7, 5] = 3  # a single pixel
     semantic[4:6, :2] = 0  # things, of which the instances know nothing
-    ids, segments = merge(masks, torch.tensor([3, 1, 2, 2, 4]), scores, semantic, min_stuff_area=4)
+    ids, segments = merge(masks, torch.tensor([3, 1, 2, 2, 4]), scores, semantic, 4)
     assert segments == [
         {"id": 1, "label": 1, "isthing": True},
         {"id": 2, "label": 3, "isthing": True},

@@ -17,7 +17,7 @@ from gnpractical.tv.training import (
     TrainingRecipe,
     _lr_factor,
     _parameter_groups,
-    _Shuffled,
+    _shuffled,
     train,
 )
 
@@ -167,11 +167,11 @@ def test_a_resumed_run_takes_the_recipe_it_is_given(tiny_panoptic, dataset, tmp_
 
 
 def test_a_resumed_run_sees_the_images_it_would_have_seen():
-    whole = list(itertools.islice(_Shuffled(10, 3, 0), 35))
+    whole = list(itertools.islice(_shuffled(10, 3, 0), 35))
     assert sorted(whole[:10]) == sorted(whole[10:20]) == list(range(10))
     assert whole[:10] != whole[10:20]
     for start in (4, 10, 27):
-        assert list(itertools.islice(_Shuffled(10, 3, start), 35 - start)) == whole[start:]
+        assert list(itertools.islice(_shuffled(10, 3, start), 35 - start)) == whole[start:]
 
 
 def test_another_model_is_not_resumed(tiny_panoptic, dataset, tmp_path):
