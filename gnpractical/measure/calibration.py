@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gnpractical.layers.group_norm import MEASURED, MIN_VALUES, PracticalGroupNorm
 from gnpractical.layers.pairing import find_pairs
-from gnpractical.measure.gradient_isometry import PooledVariance, pooled_variance, usable
+from gnpractical.measure.gradient_isometry import PooledVariance, usable
 from gnpractical.measure.unit_blocks import BlockCall, Loss, run_batches
 from gnpractical.num_groups import check_width, divisors, practical_num_groups
 
@@ -137,14 +137,6 @@ def measured_norms(model: nn.Module) -> dict[str, PracticalGroupNorm]:
     }
 
 
-@dataclass(frozen=True)
-class _CallVariances:
-    """Of one call of a block: the gradient's variance at its output, and by count at its input."""
-
-    output: PooledVariance
-    input_by_count: dict[int, PooledVariance]
-
-
 class _Candidates:
     """K of the possible numbers of groups of one norm, over its calls."""
 
@@ -152,31 +144,38 @@ class _Candidates:
         self.norm = norm
         self.skipped_calls = 0
         self._earlier: dict[int, float] = {}
-        self._counts: Sequence[int] = divisors(norm.num_channels)
-        self._calls: list[_CallVariances] = []
+        self._begin(divisors(norm.num_channels))
+
+    def _begin(self, counts: Sequence[int]) -> None:
+        self._output = PooledVariance()
+        # At the input, by number of groups; one that a call could not run with is dropped.
+        self._inputs = {count: PooledVariance() for count in counts}
 
     def narrow(self) -> None:
         """Begin a pass over the present count and its neighbours only."""
         self._earlier = self.ratios()
         counts = divisors(self.norm.num_channels)
         at = counts.index(self.norm.num_groups)
-        self._counts = counts[max(0, at - 1) : at + 2]
-        self._calls = []
+        self._begin(counts[max(0, at - 1) : at + 2])
 
     def add(self, call: BlockCall) -> None:
         values = call.fed.tensor[0].numel()
-        output = _variance([call.output_grad])
-        inputs = {}
-        for num_groups in self._counts if output else ():
+        found = {}
+        for count in self._inputs if usable([call.output_grad]) else ():
             # Fewer values leave no gradient, or one whose variance is infinite.
-            if num_groups == 1 or values // num_groups >= MIN_VALUES:
-                variance = _variance(self._input_gradients(call, num_groups))
-                if variance is not None:
-                    inputs[num_groups] = variance
-        if output is None or not inputs:
+            if count == 1 or values // count >= MIN_VALUES:
+                gradients = self._input_gradients(call, count)
+                if usable(gradients):
+                    found[count] = PooledVariance()
+                    for gradient in gradients:
+                        found[count].add(gradient)
+        if not found:
             self.skipped_calls += 1
-        else:
-            self._calls.append(_CallVariances(output, inputs))
+            return
+        self._output.add(call.output_grad)
+        self._inputs = {c: variance for c, variance in self._inputs.items() if c in found}
+        for count, variance in self._inputs.items():
+            variance.merge(found[count])
 
     def _input_gradients(self, call: BlockCall, num_groups: int) -> list[Tensor]:
         """dL/dx at the weight layers' inputs, were the norm's count ``num_groups``."""
@@ -189,14 +188,10 @@ class _Candidates:
         return call.input_gradients(y_grad)
 
     def ratios(self) -> dict[int, float]:
-        """By number of groups; a count that one of the calls could not run with is none."""
-        now = {}
-        for num_groups in self._counts if self._calls else ():
-            if all(num_groups in call.input_by_count for call in self._calls):
-                input = pooled_variance(call.input_by_count[num_groups] for call in self._calls)
-                output = pooled_variance(call.output for call in self._calls)
-                if input and output:
-                    now[num_groups] = input / output
+        """K by number of groups, each from the last pass that evaluated it."""
+        output = self._output.value()
+        values = {count: variance.value() for count, variance in self._inputs.items()}
+        now = {count: value / output for count, value in values.items() if value and output}
         return dict(sorted((self._earlier | now).items()))
 
     def best(self) -> int:
@@ -207,16 +202,6 @@ class _Candidates:
             return practical_num_groups(self.norm.in_channels, self.norm.num_channels)
         # The larger on a tie, as in the other rules.
         return min(ratios, key=lambda count: (abs(math.log(ratios[count])), -count))
-
-
-def _variance(gradients: Sequence[Tensor]) -> PooledVariance | None:
-    """None for gradients that cannot enter a ratio."""
-    if not usable(gradients):
-        return None
-    variance = PooledVariance()
-    for gradient in gradients:
-        variance.add(gradient)
-    return variance
 
 
 def _evaluate(

@@ -129,14 +129,6 @@ class PooledVariance:
         return self._squares / self._count if self._count else None
 
 
-def pooled_variance(parts: Iterable[PooledVariance]) -> float | None:
-    """The variance over all elements of all parts, None without any."""
-    total = PooledVariance()
-    for part in parts:
-        total.merge(part)
-    return total.value()
-
-
 def usable(gradients: Sequence[Tensor]) -> bool:
     """Whether they can enter a ratio: some, finite, and not the same value throughout."""
     return all(bool(torch.isfinite(g).all()) for g in gradients) and any(
