@@ -3,7 +3,7 @@
 Source: Definition 2 and Sec. 2.3 of "On the Ideal Number of Groups for Isometric Gradient
 Propagation", arXiv 2302.03193.
 The paper's symbols: X ~ N(0, sigma^2) is the activation's input, F is ActivationGain.forward, B is
-ActivationGain.backward, and a is the slope.
+ActivationGain.backward.
 
 The paper samples the gains. Here they are integrals of PyTorch's own functions and of their
 derivatives by autograd, so they do not vary from run to run.
@@ -21,8 +21,6 @@ from numbers import Real
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-_LARGEST = 1e2  # of sigma, 1 / sigma and |slope|
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     # These are the columns of the paper's Table 2.
@@ -70,21 +68,18 @@ class ActivationGain:
         return self.forward / self.backward
 
 
-def activation_gain(name: str, sigma: float = 1.0, slope: float | None = None) -> ActivationGain:
+def activation_gain(name: str, sigma: float = 1.0) -> ActivationGain:
     """Return the gains of the activation ``name`` for an input X ~ N(0, sigma^2).
 
-    :func:`~gnpractical.layers.activations.gain_of` takes a module or a function instead.
+    :func:`integrate_gain` takes a function or a module instead.
 
     Args:
         name: One of :data:`ACTIVATIONS`, with PyTorch's definition at its default parameters.
         sigma: The standard deviation of the input, from 0.01 to 100; it is 1 behind a GroupNorm.
-        slope: The slope for negative input of ``"prelu"`` (default 0.25) or ``"leaky_relu"``
-            (default 0.01), from -100 to 100. No other activation has one.
 
     Raises:
-        TypeError: If ``name`` is not a string, or ``sigma`` or ``slope`` not a number.
-        ValueError: If the name is unknown, the activation has no slope, or a number is out of
-            range.
+        TypeError: If ``name`` is not a string, or ``sigma`` not a number.
+        ValueError: If the name is unknown, or ``sigma`` out of range.
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, got {name!r} ({type(name).__name__})")
@@ -92,13 +87,7 @@ def activation_gain(name: str, sigma: float = 1.0, slope: float | None = None) -
         near = difflib.get_close_matches(name.lower(), ACTIVATIONS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"name must be one of {', '.join(ACTIVATIONS)}; got {name!r}.{hint}")
-    function = _FUNCTIONS[name]
-    if slope is not None:
-        if name not in ("prelu", "leaky_relu"):
-            raise ValueError(f"slope is for prelu and leaky_relu only; {name} has none")
-        slope = _number("slope", slope, minimum=-_LARGEST)
-        function = partial(F.leaky_relu, negative_slope=slope)
-    return integrate_gain(function, sigma)
+    return integrate_gain(_FUNCTIONS[name], sigma)
 
 
 @torch.inference_mode(False)  # Autograd works then, wherever the caller is.
@@ -109,7 +98,8 @@ def integrate_gain(function: Callable[[Tensor], Tensor], sigma: float) -> Activa
     where sigma is 100.
 
     Args:
-        function: An element-wise function of float64 tensors, which it may change in place.
+        function: An element-wise function of float64 tensors, which it may change in place, or a
+            module of float64 parameters, such as ``nn.LeakyReLU(0.2)``.
         sigma: The standard deviation of the input, from 0.01 to 100.
 
     Raises:
@@ -117,7 +107,11 @@ def integrate_gain(function: Callable[[Tensor], Tensor], sigma: float) -> Activa
         ValueError: If ``sigma`` is out of range, or the function fails, is flat everywhere or not
             finite.
     """
-    sigma = _number("sigma", sigma, minimum=1 / _LARGEST)
+    if isinstance(sigma, bool) or not isinstance(sigma, Real):
+        raise TypeError(f"sigma must be a number, got {sigma!r} ({type(sigma).__name__})")
+    if not 0.01 <= sigma <= 100:
+        raise ValueError(f"sigma must be from 0.01 to 100, got {sigma}")
+    sigma = float(sigma)
     # Beyond 12 sigma lies less than 1e-30 of the probability.
     z = torch.linspace(-12, 12, 2**20 + 1, dtype=torch.float64)
     density = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
@@ -132,11 +126,3 @@ def integrate_gain(function: Callable[[Tensor], Tensor], sigma: float) -> Activa
     if not (0 < backward < math.inf and math.isfinite(forward)):
         raise ValueError(f"the gains of {function!r} are zero or not finite at sigma {sigma:g}")
     return ActivationGain(forward, backward)
-
-
-def _number(argument: str, value: float, minimum: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{argument} must be a number, got {value!r} ({type(value).__name__})")
-    if not minimum <= value <= _LARGEST:
-        raise ValueError(f"{argument} must be from {minimum:g} to {_LARGEST:g}, got {value}")
-    return float(value)

@@ -10,7 +10,7 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from gnpractical.d2.norm import check_norm_names
+from gnpractical.d2.norm import check_norm_names, flatten
 
 MISMATCH_CHOICES = ("error", "warn", "ignore")
 
@@ -100,17 +100,8 @@ def _explain(error: Exception, cfg: CfgNode) -> str:
     message = " ".join(str(text).split())
     if message.startswith("Non-existent"):
         key = message.split()[-1]
-        near = difflib.get_close_matches(key.upper(), _keys(cfg), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(key.upper(), flatten(cfg), n=1, cutoff=0.5)
         return f"{message}; the nearest valid key is {near[0]}" if near else message
     if isinstance(error, AttributeError | TypeError):  # a list or a number for a mapping
         return f"config keys must be in mappings, as MODEL: {{MASK_ON: True}} is ({message})"
     return message
-
-
-def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in cfg.items():
-        keys.append(prefix + key)
-        if isinstance(value, CfgNode):
-            keys += _keys(value, f"{prefix}{key}.")
-    return keys

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.layers import batch_norm
@@ -62,15 +63,22 @@ def is_group_norm(norm: object) -> bool:
     )
 
 
-def norm_keys(cfg: CfgNode, prefix: str = "") -> dict[str, str]:
-    """The keys of ``cfg`` that choose a norm by its name, with these names."""
-    keys = {}
+def flatten(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """The values of ``cfg`` by their whole keys, such as ``MODEL.FPN.NORM``."""
+    values: dict[str, Any] = {}
     for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            keys |= norm_keys(value, f"{prefix}{key}.")
-        elif key == "NORM" and isinstance(value, str) and value:
-            keys[prefix + key] = value
-    return keys
+        nested = flatten(value, f"{prefix}{key}.") if isinstance(value, CfgNode) else {}
+        values |= nested or {prefix + key: value}
+    return values
+
+
+def norm_keys(cfg: CfgNode) -> dict[str, str]:
+    """The keys of ``cfg`` that choose a norm by its name, with these names."""
+    return {
+        key: value
+        for key, value in flatten(cfg).items()
+        if key.endswith(".NORM") and isinstance(value, str) and value
+    }
 
 
 def check_norm_names(cfg: CfgNode) -> None:

@@ -27,6 +27,9 @@ _INSTANCE_NORMS = (
 )
 
 
+NOT_CHOSEN = "not chosen by include and exclude"
+
+
 @dataclass(frozen=True)
 class ConvertedNorm:
     """What became of one norm.
@@ -56,6 +59,10 @@ class ConvertedNorm:
     def note(self) -> str:
         limited = f"limited from G={self.limited_from}" if self.limited_from else ""
         return self.skipped_reason or limited
+
+
+# A norm, what becomes of it, and its replacement, if it gets one.
+_Plan = tuple[nn.Module, ConvertedNorm, PracticalGroupNorm | None]
 
 
 @dataclass(frozen=True)
@@ -129,22 +136,15 @@ def convert(
     calls = {} if example_inputs is None else trace_norms(model, example_inputs)
     feeding = _feeding_sources(model, calls)
 
-    def plan(name: str, norm: nn.Module) -> _Plan:
-        source, problem = feeding.get(norm, (None, "it is the whole model"))
-        make = partial(_Plan, name, norm, source)
-        if not _matches(name, include) or _matches(name, exclude):
-            return make(skipped_reason="not chosen by include and exclude")
-        if source is None and isinstance(on_unpaired, str):
-            return make(skipped_reason=problem, unpaired=True)
+    plans = []
+    for name, norm in norms.items():
+        chosen = _matches(name, include) and not _matches(name, exclude)
         positions = calls[norm].positions if norm in calls else None
-        chosen = rule if source else on_unpaired
-        return make(*_replacement(norm, name, source, chosen, positions))
-
-    plans = [plan(name, norm) for name, norm in norms.items()]
+        plans.append(_plan(name, norm, *feeding[norm], positions, chosen, rule, on_unpaired))
     if on_unpaired == "error":
-        _raise_for_unpaired([plan for plan in plans if plan.unpaired])
+        _raise_for([row for _, row, _ in plans if row.skipped_reason not in ("", NOT_CHOSEN)])
     model = _apply(model, plans, weight_standardization)
-    return Conversion(model, [plan.row() for plan in plans])
+    return Conversion(model, [row for _, row, _ in plans])
 
 
 def _check_arguments(model: nn.Module, rule: str | int, on_unpaired: str | int) -> None:
@@ -164,40 +164,35 @@ def _matches(name: str, patterns: str | Sequence[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is to become of one norm: a replacement, or the reason why it gets none."""
-
-    name: str
-    norm: nn.Module
-    source: Source | None
-    replacement: PracticalGroupNorm | None = None
-    limited_from: int | None = None
-    skipped_reason: str = ""
-    unpaired: bool = False
-
-    def row(self) -> ConvertedNorm:
-        return ConvertedNorm(
-            self.name,
-            type(self.norm).__name__,
-            norm_width(self.norm) or 0,
-            self.source.in_channels if self.source else None,
-            self.source.layers if self.source else (),
-            self.replacement.num_groups if self.replacement else None,
-            self.skipped_reason,
-            self.limited_from,
-        )
+def _plan(
+    name: str,
+    norm: nn.Module,
+    source: Source | None,
+    problem: str,
+    positions: int | None,
+    chosen: bool,
+    rule: str | int,
+    on_unpaired: str | int,
+) -> _Plan:
+    in_channels, layers = (source.in_channels, source.layers) if source else (None, ())
+    channels = norm_width(norm) or 0
+    row = ConvertedNorm(name, type(norm).__name__, channels, in_channels, layers, None, "")
+    if not chosen:
+        return norm, replace(row, skipped_reason=NOT_CHOSEN), None
+    if source is None and isinstance(on_unpaired, str):
+        return norm, replace(row, skipped_reason=problem), None
+    new, limited_from = _replacement(norm, row, rule if source else on_unpaired, positions)
+    return norm, replace(row, num_groups=new.num_groups, limited_from=limited_from), new
 
 
-def _raise_for_unpaired(plans: Sequence[_Plan]) -> None:
-    if plans:
+def _raise_for(unpaired: Sequence[ConvertedNorm]) -> None:
+    if unpaired:
         described = [
-            f"{p.name or 'model'} ({type(p.norm).__name__}, {norm_width(p.norm)} channels): "
-            f"{p.skipped_reason}"
-            for p in plans[:5]
+            f"{row.name or 'model'} ({row.was}, {row.num_channels} channels): {row.skipped_reason}"
+            for row in unpaired[:5]
         ]
         raise ValueError(
-            f"{len(plans)} norms could not be paired with the layer that feeds them: "
+            f"{len(unpaired)} norms could not be paired with the layer that feeds them: "
             f"{'; '.join(described)}. Give example_inputs, leave them out (exclude=...), or "
             f"choose on_unpaired='keep' or a number of groups for them."
         )
@@ -206,13 +201,12 @@ def _raise_for_unpaired(plans: Sequence[_Plan]) -> None:
 def _apply(model: nn.Module, plans: Sequence[_Plan], weight_standardization: bool) -> nn.Module:
     """Put the replacements in place; the model, which may itself be one of the norms."""
     layers = {name: layer for name, layer in model.named_modules() if layer_widths(layer)}
-    new = {plan.norm: plan.replacement for plan in plans if plan.replacement}
-    for plan in plans:
-        if plan.replacement and plan.source:
+    new = {norm: replacement for norm, _, replacement in plans if replacement}
+    for _, row, replacement in plans:
+        if replacement and row.layers:
             # Remembered, because the structure alone may tell another story.
-            fed_by = tuple(layers[name] for name in plan.source.layers if name != FUNCTION)
-            plan.replacement.fed_by = fed_by
-            for layer in fed_by if weight_standardization else ():
+            replacement.fed_by = tuple(layers[name] for name in row.layers if name != FUNCTION)
+            for layer in replacement.fed_by if weight_standardization else ():
                 standardize_layer(layer)
     # With duplicates: a norm may be shared by several places.
     for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -259,21 +253,15 @@ def _one_source(
 
 
 def _replacement(
-    norm: nn.Module,
-    name: str,
-    source: Source | None,
-    rule: str | int,
-    positions: int | None,
+    norm: nn.Module, row: ConvertedNorm, rule: str | int, positions: int | None
 ) -> tuple[PracticalGroupNorm, int | None]:
     """The new norm, and what its number of groups was limited from."""
-    channels = norm_width(norm)
-    assert channels is not None
+    channels, in_channels = row.num_channels, row.in_channels
     if isinstance(rule, int):
         try:
             check_num_groups(rule, channels)
         except ValueError as e:
-            raise ValueError(f"{name}: {e}") from None
-    in_channels = source.in_channels if source else None
+            raise ValueError(f"{row.name}: {e}") from None
     affine = isinstance(getattr(norm, "weight", None), torch.Tensor)
     eps: float = norm.eps  # type: ignore[assignment]
     make = partial(PracticalGroupNorm, channels, in_channels, eps=eps, affine=affine)

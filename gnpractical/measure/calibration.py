@@ -11,8 +11,8 @@ repeated with the new counts, and only the divisors next to each, until none cha
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,8 @@ from gnpractical.layers.pairing import find_pairs
 from gnpractical.measure.gradient_isometry import PooledVariance, usable
 from gnpractical.measure.unit_blocks import BlockCall, Loss, run_batches
 from gnpractical.num_groups import check_width, divisors, practical_num_groups
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,10 @@ def calibrate(
     ]
     unmeasured = [row.name for row in rows if not row.ratios]
     if unmeasured:
-        warnings.warn(
-            f"{len(unmeasured)} norms could not be measured (they did not run, get no weight "
-            f"layer's output, or had no finite, nonzero gradient) and have GN_PRACTICAL's number "
-            f"of groups: {', '.join(unmeasured[:5])}",
-            stacklevel=2,
+        logger.warning(
+            "%d norms could not be measured (they did not run, get no weight layer's output, or "
+            "had no finite, nonzero gradient) and have GN_PRACTICAL's number of groups: %s",
+            *(len(unmeasured), ", ".join(unmeasured[:5])),
         )
     return rows
 

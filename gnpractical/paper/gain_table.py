@@ -11,26 +11,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tabulate import tabulate
-from torch import nn
 
-from gnpractical.layers.activations import gain_of
+from gnpractical.activation_gain import activation_gain
 
 SIGMAS = (0.1, 1.0, 10.0)
 TOLERANCE = 0.002  # This is two units of the last digit that the paper prints.
 
-# The columns of Table 2. PyTorch's initial PReLU has the paper's slope, 0.25.
-_ACTIVATIONS: tuple[type[nn.Module], ...] = (
-    nn.ReLU,
-    nn.PReLU,
-    nn.GELU,
-    nn.SiLU,
-    nn.ELU,
-    nn.SELU,
-    nn.Sigmoid,
-    nn.Tanh,
-    nn.Softplus,
-    nn.Softsign,
-    nn.LogSigmoid,
+# The columns of Table 2.
+_ACTIVATIONS = (
+    *("ReLU", "PReLU", "GELU", "SiLU", "ELU", "SELU"),
+    *("Sigmoid", "Tanh", "Softplus", "Softsign", "LogSigmoid"),
 )
 # Its rows, by sigma and quantity.
 _TABLE_2: dict[tuple[float, str], tuple[float, ...]] = {
@@ -75,11 +65,11 @@ def gain_table() -> list[GainRow]:
     rows = []
     for sigma in SIGMAS:
         for column, activation in enumerate(_ACTIVATIONS):
-            gain = gain_of(activation, sigma)
+            gain = activation_gain(activation.lower(), sigma)
             integrals = {"F": gain.forward, "B": gain.backward, "B/F": 1 / gain.ratio}
             for quantity, integral in integrals.items():
                 paper = _TABLE_2[sigma, quantity][column]
-                rows.append(GainRow(activation.__name__, sigma, quantity, integral, paper))
+                rows.append(GainRow(activation, sigma, quantity, integral, paper))
     return rows
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from typing import Any
 
 import torch.distributed as dist
 from tabulate import tabulate
 from torch import nn
 
-from gnpractical.measure.calibration import MeasuredGroups, calibrate, measured_norms
+from gnpractical.measure.calibration import calibrate, measured_norms
 from gnpractical.measure.unit_blocks import Loss
 
 logger = logging.getLogger(__name__)
@@ -30,33 +29,16 @@ def calibrate_measured(model: nn.Module, batches: list[Any], loss: Loss | None =
         return
     logger.info("Calibrating %d GN_MEASURED norms on %d batches", len(norms), len(batches))
     distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # logged below
-        rows = calibrate(model, batches, loss, only=norms, until_stable=not distributed)
+    rows = calibrate(model, batches, loss, only=norms, until_stable=not distributed)
     if distributed:
         dist.broadcast_object_list(rows)
     for row in rows:
         norms[row.name].set_num_groups(row.num_groups)
-    logger.info("K, measured variance of the gradient across each block:\n%s", _table(rows))
-    unmeasured = [row.name for row in rows if not row.ratios]
-    if unmeasured:
-        logger.warning(
-            "%d norms could not be measured (no finite, nonzero gradient in these batches) and "
-            "have GN_PRACTICAL's count: %s",
-            len(unmeasured),
-            ", ".join(unmeasured[:5]),
-        )
-
-
-def _table(rows: list[MeasuredGroups]) -> str:
-    return tabulate(
-        [[row.name, row.num_groups, row.ratios.get(row.num_groups), *_range(row)] for row in rows],
-        ["layer", "G", "K(G)", "lowest K", "highest K"],
-        floatfmt=".2f",
-        missingval="-",
-        disable_numparse=[0],
-    )
-
-
-def _range(row: MeasuredGroups) -> tuple[float, float] | tuple[None, None]:
-    return (min(row.ratios.values()), max(row.ratios.values())) if row.ratios else (None, None)
+    table = []
+    for row in rows:
+        values = row.ratios.values()
+        extremes = min(values, default=None), max(values, default=None)
+        table.append([row.name, row.num_groups, row.ratios.get(row.num_groups), *extremes])
+    headers = ["layer", "G", "K(G)", "lowest K", "highest K"]
+    text = tabulate(table, headers, floatfmt=".2f", missingval="-", disable_numparse=[0])
+    logger.info("K, measured variance of the gradient across each block:\n%s", text)
