@@ -1,29 +1,26 @@
 # make demo | test | check | bench: each sets up .venv first; the second time that takes seconds.
 PYTHON ?= python3
+# Others go into an environment of their own:
+# make test VENV=.venv-low TORCH="torch==2.4.1 torchvision==0.19.1"
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 # A path, a wheel or a URL; whatever pip can install.
 DETECTRON2 ?= git+https://github.com/facebookresearch/detectron2.git@02b5c4e295e990042a714712c21dc79b731e8833
 
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUTPUT ?= output/demo
 
-.PHONY: demo test check bench lint types setup clean
+.PHONY: demo test test-fast check bench lint types setup clean
 
-# With Detectron2 where it is installed, else the same model on the same data with torchvision.
 demo: setup
-	@if $(BIN)/python -c "import detectron2" 2>/dev/null; then \
-	  echo "Training a small Panoptic FPN with Detectron2"; \
-	  PYTHONWARNINGS=ignore $(BIN)/python tools/train_net.py --config-file configs/quick/pfpn_gnp_shapes.yaml OUTPUT_DIR $(DEMO_OUTPUT) \
-	  && echo "Trained with Detectron2."; \
-	else \
-	  echo "Detectron2 is not installed: training the same small Panoptic FPN with torchvision"; \
-	  PYTHONWARNINGS=ignore $(BIN)/python tools/train_torchvision.py --quick --output-dir $(DEMO_OUTPUT) \
-	  && echo "Trained with torchvision, not with Detectron2."; \
-	fi
+	PYTHONWARNINGS=ignore $(BIN)/python -m gnpractical.demo --output-dir $(DEMO_OUTPUT)
 
 test: setup
 	$(BIN)/python -m pytest tests
+
+# Without what trains in a subprocess.
+test-fast: setup
+	$(BIN)/python -m pytest tests -m "not slow"
 
 check: lint types test
 
@@ -38,6 +35,7 @@ bench: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: setup
 	$(BIN)/mypy
@@ -53,10 +51,11 @@ setup: $(VENV)/.installed
 	  fi; \
 	fi
 
-# setuptools below 82 still has pkg_resources, which detectron2.model_zoo imports.
-$(VENV)/.installed: setup.py Makefile
+# setuptools from 77 on reads pyproject.toml's licence, and below 82 still has pkg_resources, which
+# detectron2.model_zoo imports.
+$(VENV)/.installed: pyproject.toml setup.py Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "setuptools<81" wheel ninja $(TORCH)
+	$(BIN)/pip install --quiet "setuptools>=77,<81" wheel ninja $(TORCH)
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev,tv]"
 	touch $@
 

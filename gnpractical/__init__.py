@@ -1,17 +1,14 @@
 """Per-layer GroupNorm group counts from the layer's own widths. Imports torch at most."""
 
 from gnpractical.activation_gain import activation_gain
-from gnpractical.analysis.calibration import calibrate
-from gnpractical.analysis.gradient_isometry import measure_gradient_variance
-from gnpractical.analysis.layer_report import format_report, group_report
+from gnpractical.gradient_law import gradient_variance_ratio
 from gnpractical.layers import PracticalGroupNorm
 from gnpractical.layers.convert import convert
 from gnpractical.layers.weight_standardization import fold_weight_standardization
-from gnpractical.num_groups import (
-    gradient_variance_ratio,
-    ideal_num_groups,
-    practical_num_groups,
-)
+from gnpractical.measure.calibration import calibrate
+from gnpractical.measure.gradient_isometry import measure_gradient_variance
+from gnpractical.measure.layer_report import format_report, group_report
+from gnpractical.num_groups import ideal_num_groups, practical_num_groups
 
 __version__ = "0.1.0"
 

@@ -42,5 +42,6 @@ def all_gather(value: Any) -> list[Any]:
     """The ``value`` of every process, in the order of their ranks."""
     values = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(values, value)
+        with torch.inference_mode(False):  # in which older versions of PyTorch cannot gather
+            dist.all_gather_object(values, value)
     return values
