@@ -101,6 +101,7 @@ def test_random_gain_ratios_against_brute_force():
         assert practical_num_groups(*widths, "closest", gain) == definition_3(*args)
 
 
+@pytest.mark.slow
 def test_every_out_width_up_to_4096_switches_divisor_exactly_at_the_geometric_mean():
     # G rises with in_channels, so the two widths beside each switch prove all widths between.
     for out in range(1, 4097):

@@ -179,6 +179,7 @@ def test_resnet50_is_detectron2s_layer_by_layer():
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_mask_rcnn():
     detection = pytest.importorskip("torchvision").models.detection
     model = detection.maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)

@@ -18,6 +18,8 @@ from gnpractical import PracticalGroupNorm, convert
 from gnpractical.layers.data_flow import FUNCTION
 from gnpractical.layers.pairing import layer_widths, norm_width
 
+pytestmark = pytest.mark.slow
+
 # The rest of torchvision's families differ from these in depth and width only.
 REPRESENTATIVES = """
     densenet121 efficientnet_b0 efficientnet_v2_s googlenet inception_v3 maxvit_t mnasnet0_5
@@ -65,7 +67,8 @@ def converted(model, example_inputs):
         module = model.get_submodule(norm.name)
         module = module[0] if isinstance(module, nn.Sequential) else module  # [1:] was in the norm
         assert type(module) is PracticalGroupNorm and norm.num_channels % norm.num_groups == 0
-        widths = [layer_widths(model.get_submodule(name)) for name in norm.layers if name != FUNCTION]
+        known = [name for name in norm.layers if name != FUNCTION]
+        widths = [layer_widths(model.get_submodule(name)) for name in known]
         if FUNCTION not in norm.layers:
             assert norm.in_channels == sum(width[0] for width in widths), norm.name
             assert norm.num_channels == sum(width[1] for width in widths), norm.name

@@ -11,6 +11,8 @@ from gnpractical import convert, fold_weight_standardization
 from gnpractical.layers import PracticalGroupNorm
 from gnpractical.layers.weight_standardization import WSConv2d
 
+pytestmark = pytest.mark.slow
+
 
 class Bottleneck(nn.Module):
     """One norm with a single group, one with as many as channels, one between."""
