@@ -71,8 +71,8 @@ def test_torch_export(build, folded):
 
 
 @pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6),
-    reason="the ONNX exporter of torch below 2.6 does not go with onnxscript of today",
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5),
+    reason="the ONNX exporter of torch below 2.5 does not go with onnxscript of today",
 )
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("folded", [False, True])
