@@ -4,6 +4,7 @@ from gnpractical.activation_gain import activation_gain
 from gnpractical.gradient_law import gradient_variance_ratio
 from gnpractical.layers import PracticalGroupNorm
 from gnpractical.layers.convert import convert
+from gnpractical.layers.match_norms import match_norms, norm_targets
 from gnpractical.layers.weight_standardization import fold_weight_standardization
 from gnpractical.measure.calibration import calibrate
 from gnpractical.measure.gradient_isometry import measure_gradient_variance
@@ -22,6 +23,8 @@ __all__ = [
     "gradient_variance_ratio",
     "group_report",
     "ideal_num_groups",
+    "match_norms",
     "measure_gradient_variance",
+    "norm_targets",
     "practical_num_groups",
 ]

@@ -1,0 +1,222 @@
+"""Carrying a trained model over to other norms, without labels and without training.
+
+BatchNorm's weight and bias say what its output was: in each channel the mean is the bias and the
+deviation |weight|. With the same weight and bias GroupNorm gives something else, since it divides
+by the deviation of groups. Here weight and bias are set so that each channel of the output has
+that mean and deviation again, on a few batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gnpractical.layers.group_norm import PracticalGroupNorm
+from gnpractical.layers.pairing import norm_width
+from gnpractical.layers.unchanged import unchanged
+
+Run = Callable[[nn.Module, Any], Any]
+Hook = Callable[..., Tensor | None]
+
+# Normalized features deviate by about 1. Channels that deviate by less than this say nothing.
+_LEAST_DEVIATION = 1e-3
+
+
+@dataclass(frozen=True)
+class MatchedNorm:
+    """What matching did to one GroupNorm.
+
+    Attributes:
+        name: Its path.
+        num_channels: C.
+        weight_factor: By how much its weight grew, as the geometric mean over the channels.
+        bias_shift: By how much its bias changed, as the root mean square over the channels.
+        skipped_reason: Why it is as it was, "" where it was matched.
+    """
+
+    name: str
+    num_channels: int
+    weight_factor: float = 1.0
+    bias_shift: float = 0.0
+    skipped_reason: str = ""
+
+
+def match_norms(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Run | None = None,
+    targets: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> list[MatchedNorm]:
+    """Give the output of every GroupNorm, in place, the mean and deviation it is meant to have.
+
+    One forward pass a batch, in evaluation mode and without gradients. Each norm is matched when
+    it runs, so that later ones already see what it gives from then on; further batches and calls
+    refine the averages. Norms whose parameters do not train are matched, too, since training will
+    not mend them.
+
+    Args:
+        model: A model with GroupNorms whose weights and biases come from other norms, by
+            ``convert`` or from a file.
+        batches: Some batches of inputs; together a few dozen images are enough.
+        run: ``run(model, batch)`` runs the model. By default ``model(batch)``.
+        targets: For the paths of norms the mean (C,) and deviation (C,) of each channel, from
+            :func:`norm_targets`. By default, and for other norms, the bias and |weight|.
+
+    Returns:
+        A row for every GroupNorm, in registration order.
+
+    Raises:
+        TypeError: ``batches`` are not a list of batches.
+        ValueError: There is no GroupNorm or no batch, a norm has no number of groups yet, or a
+            target is not of its norm. After any error the model is as it was.
+    """
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
+    if not norms:
+        raise ValueError(f"{type(model).__name__} has no GroupNorm to match")
+    for name, norm in norms.items():
+        if isinstance(norm, PracticalGroupNorm) and norm.num_groups is None:
+            raise ValueError(
+                f"{name} ({norm.norm_name}) has no number of groups yet: call "
+                f"gnpractical.calibrate(model, batches), or resolve(in_channels=...) on it, first"
+            )
+    matchers = {name: _Matcher(name, norm, targets or {}) for name, norm in norms.items()}
+    hooks: dict[nn.Module, Hook] = {norms[n]: matcher.match for n, matcher in matchers.items()}
+    try:
+        _run_with(model, batches, run, hooks)
+    except BaseException:
+        for matcher in matchers.values():
+            matcher.undo()
+        raise
+    return [matcher.row() for matcher in matchers.values()]
+
+
+def norm_targets(
+    original: nn.Module, batches: Iterable[Any], run: Run | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Measure the mean and deviation of each channel behind every norm of a trained model.
+
+    For originals whose weights and biases do not say it: frozen BatchNorm with folded statistics,
+    or GroupNorm. The arguments and errors are those of :func:`match_norms`.
+    """
+    norms = {n: m for n, m in original.named_modules() if norm_width(m) is not None}
+    if not norms:
+        raise ValueError(f"{type(original).__name__} has no norm to measure")
+    statistics = {name: _ChannelStatistics() for name in norms}
+    hooks = {
+        norm: lambda _, args, output, of=statistics[name]: of.add(output)
+        for name, norm in norms.items()
+    }
+    _run_with(original, batches, run, hooks)
+    return {name: (s.mean, s.deviation) for name, s in statistics.items() if s.count}
+
+
+def _run_with(
+    model: nn.Module,
+    batches: Iterable[Any],
+    run: Run | None,
+    hooks: Mapping[nn.Module, Hook],
+) -> None:
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be a list of batches, got {type(batches).__name__}")
+    with contextlib.ExitStack() as stack:
+        for module, hook in hooks.items():
+            stack.callback(module.register_forward_hook(hook).remove)
+        stack.enter_context(unchanged(model, training=False))
+        stack.enter_context(torch.no_grad())
+        batch = None
+        for batch in batches:
+            model(batch) if run is None else run(model, batch)
+        if batch is None:
+            raise ValueError("There are no batches; at least one is required.")
+
+
+class _ChannelStatistics:
+    """Mean and deviation of each channel over all tensors (N, C, *) that were added."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean, self._squares = torch.zeros(()), torch.zeros(())
+
+    def add(self, x: Tensor) -> None:
+        count = x.numel() // x.shape[1]
+        if not count:
+            return
+        over = [0, *range(2, x.dim())]
+        variance, mean = (t.double() for t in torch.var_mean(x.float(), over, correction=0))
+        total = self.count + count
+        difference = mean - self.mean.to(mean)
+        self._squares = self._squares.to(mean) + count * (
+            variance + difference**2 * (self.count / total)
+        )
+        self.mean = self.mean.to(mean) + difference * (count / total)
+        self.count = total
+
+    @property
+    def deviation(self) -> Tensor:
+        return (self._squares / self.count).sqrt()
+
+
+class _Matcher:
+    """Matches one norm each time it runs."""
+
+    def __init__(
+        self, name: str, norm: nn.GroupNorm, targets: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> None:
+        self._name, self._norm = name, norm
+        self._seen = _ChannelStatistics()
+        self._constant = False
+        if norm.affine:
+            self._before = norm.weight.detach().clone(), norm.bias.detach().clone()
+            weight, bias = (t.double() for t in self._before)
+            mean, deviation = targets.get(name, (bias, weight.abs()))
+            if mean.shape != bias.shape or deviation.shape != bias.shape:
+                raise ValueError(
+                    f"{name}: targets must have its {norm.num_channels} channels, got "
+                    f"{tuple(mean.shape)} and {tuple(deviation.shape)}"
+                )
+            # The sign is the weight's, which a deviation does not have.
+            self._mean = mean.to(bias)
+            self._scale = torch.where(weight < 0, -deviation.to(bias), deviation.to(bias))
+
+    def match(self, norm: nn.GroupNorm, args: tuple, output: Tensor) -> Tensor:
+        if not norm.affine or not output.numel():
+            return output
+        z = torch.group_norm(args[0], norm.num_groups, None, None, norm.eps)
+        self._seen.add(z)
+        varies = self._seen.deviation > _LEAST_DEVIATION
+        self._constant = not varies.any()
+        weight = self._scale / torch.where(varies, self._seen.deviation, 1.0)
+        bias = self._mean - weight * self._seen.mean
+        norm.weight.copy_(weight)
+        norm.bias.copy_(bias)
+        shape = (1, -1) + (1,) * (z.dim() - 2)
+        return z * norm.weight.view(shape).to(z) + norm.bias.view(shape).to(z)
+
+    def undo(self) -> None:
+        if self._norm.affine:
+            with torch.no_grad():
+                self._norm.weight.copy_(self._before[0])
+                self._norm.bias.copy_(self._before[1])
+
+    def row(self) -> MatchedNorm:
+        reason = ""
+        if not self._norm.affine:
+            reason = "it has no weight and bias"
+        elif not self._seen.count:
+            reason = "it did not run"
+        elif self._constant:
+            reason = "its channels are constant"
+            self.undo()
+        channels = self._norm.num_channels
+        if reason:
+            return MatchedNorm(self._name, channels, skipped_reason=reason)
+        before = self._before[0].double().abs()
+        grown = (self._norm.weight.detach().double().abs() / before)[before > 0]
+        factor = grown.clamp(min=1e-12).log().mean().exp().item() if len(grown) else 1.0
+        shift = (self._norm.bias.detach() - self._before[1]).double().square().mean().sqrt().item()
+        return MatchedNorm(self._name, channels, factor, shift)
