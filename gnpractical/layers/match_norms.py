@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gnpractical.layers.group_norm import PracticalGroupNorm
 from gnpractical.layers.pairing import norm_width
 from gnpractical.layers.unchanged import unchanged
 
@@ -72,18 +71,13 @@ def match_norms(
 
     Raises:
         TypeError: ``batches`` are not a list of batches.
-        ValueError: There is no GroupNorm or no batch, a norm has no number of groups yet, or a
-            target is not of its norm. After any error the model is as it was.
+        ValueError: There is no GroupNorm or no batch, or a target is not of its norm.
+        RuntimeError: A norm has no number of groups yet.
+            After any error, the batches' and the model's own too, the model is as it was.
     """
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
     if not norms:
         raise ValueError(f"{type(model).__name__} has no GroupNorm to match")
-    for name, norm in norms.items():
-        if isinstance(norm, PracticalGroupNorm) and norm.num_groups is None:
-            raise ValueError(
-                f"{name} ({norm.norm_name}) has no number of groups yet: call "
-                f"gnpractical.calibrate(model, batches), or resolve(in_channels=...) on it, first"
-            )
     matchers = {name: _Matcher(name, norm, targets or {}) for name, norm in norms.items()}
     hooks: dict[nn.Module, Hook] = {norms[n]: matcher.match for n, matcher in matchers.items()}
     try:
