@@ -72,8 +72,7 @@ def match_norms(
     Raises:
         TypeError: ``batches`` are not a list of batches.
         ValueError: There is no GroupNorm or no batch, or a target is not of its norm.
-        RuntimeError: A norm has no number of groups yet.
-            After any error, the batches' and the model's own too, the model is as it was.
+        RuntimeError: A norm has no number of groups yet. After any error the model is as it was.
     """
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
     if not norms:
@@ -100,13 +99,10 @@ def norm_targets(
     norms = {n: m for n, m in original.named_modules() if norm_width(m) is not None}
     if not norms:
         raise ValueError(f"{type(original).__name__} has no norm to measure")
-    statistics = {name: _ChannelStatistics() for name in norms}
-    hooks = {
-        norm: lambda _, args, output, of=statistics[name]: of.add(output)
-        for name, norm in norms.items()
-    }
+    seen = {name: _ChannelStatistics() for name in norms}
+    hooks = {norms[n]: lambda _, args, output, of=of: of.add(output) for n, of in seen.items()}
     _run_with(original, batches, run, hooks)
-    return {name: (s.mean, s.deviation) for name, s in statistics.items() if s.count}
+    return {name: (of.mean, of.deviation) for name, of in seen.items() if of.count}
 
 
 def _run_with(
@@ -144,9 +140,8 @@ class _ChannelStatistics:
         variance, mean = (t.double() for t in torch.var_mean(x.float(), over, correction=0))
         total = self.count + count
         difference = mean - self.mean.to(mean)
-        self._squares = self._squares.to(mean) + count * (
-            variance + difference**2 * (self.count / total)
-        )
+        added = count * (variance + difference**2 * (self.count / total))
+        self._squares = self._squares.to(mean) + added
         self.mean = self.mean.to(mean) + difference * (count / total)
         self.count = total
 

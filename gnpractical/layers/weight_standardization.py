@@ -123,19 +123,24 @@ def fold_weight_standardization(model: nn.Module) -> int:
         How many convolutions were folded.
 
     Raises:
-        TypeError: A subclass of ``WSConv2d`` that has no plain class; nothing is folded.
+        TypeError: A convolution cannot be folded, or shares its weight. Nothing is folded.
     """
     plain = {standardized: cls for cls, standardized in STANDARDIZED.items()}
     convs = [module for module in model.modules() if isinstance(module, WSConv2d)]
-    for conv in convs:
-        if type(conv) not in plain:
+    weights = {conv.weight for conv in convs}
+    for name, module in model.named_modules():
+        if isinstance(module, WSConv2d):
+            foldable = type(module) in plain and isinstance(module.weight, nn.Parameter)
+        else:
+            foldable = weights.isdisjoint(module.parameters(recurse=False))
+        if not foldable:
             raise TypeError(
-                f"fold_weight_standardization knows {', '.join(c.__name__ for c in plain)}; "
-                f"got a {type(conv).__name__}. Remove its parametrizations, or add its plain class "
-                f"to gnpractical.layers.weight_standardization.STANDARDIZED."
+                f"fold_weight_standardization takes convolutions whose weight is a parameter "
+                f"and no other layer's; got {name!r}, a {type(module).__name__}. Remove its "
+                f"parametrizations or pruning, or give it a weight of its own."
             )
     with torch.no_grad():
-        for weight in {conv.weight for conv in convs}:  # which convolutions may share
+        for weight in weights:  # which convolutions may share
             weight.copy_(standardize_weight(weight))
     for conv in convs:
         conv.__class__ = plain[type(conv)]  # type: ignore[assignment]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from gnpractical import PracticalGroupNorm
 from gnpractical.layers.weight_standardization import (
@@ -138,7 +139,7 @@ def test_folding_what_it_does_not_know_changes_nothing(conv):
         pass
 
     weight = conv.weight.detach().clone()
-    with pytest.raises(TypeError, match="got a Other"):
+    with pytest.raises(TypeError, match="got '1', a Other"):
         fold_weight_standardization(nn.Sequential(conv, Other(3, 4, 3)))
     assert type(conv) is WSConv2d and torch.equal(conv.weight, weight)
 
@@ -170,3 +171,14 @@ def test_every_change_of_the_weight_counts_in_evaluation_too(conv, inputs, refer
         for _ in range(2):
             torch.testing.assert_close(conv(inputs[0]), reference.output(conv, inputs[0]))
             conv.weight.data = torch.randn_like(conv.weight)
+
+
+def test_weights_that_others_use_or_make_anew_are_not_folded(conv):
+    plain = nn.Conv2d(3, 4, 3)
+    plain.weight = conv.weight
+    pruned = WSConv2d(3, 4, 3)
+    prune.l1_unstructured(pruned, "weight", amount=0.5)
+    for model in (nn.Sequential(conv, plain), nn.Sequential(pruned)):
+        with pytest.raises(TypeError, match="no other layer's; got"):
+            fold_weight_standardization(model)
+        assert isinstance(model[0], WSConv2d)
