@@ -211,6 +211,7 @@ def test_reaches_every_module_that_holds_get_norm():
     assert pickle.loads(pickle.dumps(get_norm)) is get_norm
 
 
+@pytest.mark.slow
 def test_import_order_does_not_matter():
     script = (
         "from detectron2.layers import get_norm as early\n"

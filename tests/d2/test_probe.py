@@ -45,6 +45,7 @@ def counts_of(model):
     return {name: norm.num_groups for name, norm in measured_norms(model).items()}
 
 
+@pytest.mark.slow
 def test_measured_is_calibrated_once_and_kept(tiny_cfg, monkeypatch):
     cfg = tiny_cfg("SOLVER.MAX_ITER", "2", *MEASURED)
     trainer = trained(cfg)
