@@ -14,6 +14,7 @@ Everything here is exact: comparisons are made between integers or fractions, ne
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
@@ -61,6 +62,24 @@ def practical_num_groups(
     return _select(ideal, int(out_channels), rule)
 
 
+def num_groups_of_width(rule: str, out_channels: int) -> int | None:
+    """The divisor of ``out_channels`` that a rule of this width alone selects.
+
+    ``"upto_<k>"`` is the largest divisor up to k. ``"cpg_<n>"`` leaves n channels to a group; where
+    n does not divide, it is the divisor nearest to ``out_channels`` / n in log2.
+
+    Returns:
+        None if ``rule`` is neither of them.
+    """
+    match = re.fullmatch(r"(upto|cpg)_([1-9]\d*)", rule)
+    if match is None:
+        return None
+    number, candidates = int(match[2]), divisors(out_channels)
+    if match[1] == "upto":
+        return max(d for d in candidates if d <= number)
+    return _nearest(candidates, max(Fraction(out_channels, number), Fraction(1)))
+
+
 @lru_cache(maxsize=4096)  # a deep model asks for the same few widths over and over
 def _select(ideal: Fraction, out_channels: int, rule: str) -> int:
     candidates = divisors(out_channels)
@@ -72,7 +91,11 @@ def _select(ideal: Fraction, out_channels: int, rule: str) -> int:
     if rule == "closest":
         return min(candidates, key=lambda d: (abs(d - ideal), -d))
     assert rule == "practical"
-    target = min(max(Fraction(1), ideal), Fraction(out_channels))
+    return _nearest(candidates, min(max(Fraction(1), ideal), Fraction(out_channels)))
+
+
+def _nearest(candidates: Sequence[int], target: Fraction) -> int:
+    """The divisor nearest to ``target`` in log2."""
     # |log2 d - log2 target| orders divisors as max(d/target, target/d) does. Two neighbouring
     # divisors never tie: that needs d1*d2 to be a square, and then its root divides too.
     return min(candidates, key=lambda d: max(d / target, target / d))

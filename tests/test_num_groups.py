@@ -5,7 +5,12 @@ from fractions import Fraction
 
 import pytest
 
-from gnpractical.num_groups import divisors, ideal_num_groups, practical_num_groups
+from gnpractical.num_groups import (
+    divisors,
+    ideal_num_groups,
+    num_groups_of_width,
+    practical_num_groups,
+)
 
 
 def brute_force_divisors(n):
@@ -187,3 +192,30 @@ def test_numpy_widths_give_plain_numbers():
     np = pytest.importorskip("numpy")
     assert type(practical_num_groups(np.int64(300), np.int64(100))) is int
     assert type(practical_num_groups(300, 100)) is int
+
+
+@pytest.mark.parametrize(
+    "rule, out_channels, expected",
+    [
+        ("upto_32", 256, 32),
+        ("upto_32", 48, 24),
+        ("upto_32", 16, 16),
+        ("upto_32", 97, 1),
+        ("cpg_16", 256, 16),
+        ("cpg_16", 8, 1),
+        ("cpg_16", 24, 2),  # 1.5 is nearer to 2 than to 1 in log2
+        ("cpg_1", 64, 64),
+        ("cpg_3", 64, 16),  # 21.3
+        ("practical", 64, None),
+        ("upto_0", 64, None),
+        ("cpg_16.5", 64, None),
+    ],
+)
+def test_rules_of_the_width_alone(rule, out_channels, expected):
+    assert num_groups_of_width(rule, out_channels) == expected
+
+
+def test_channels_per_group_is_exact_wherever_it_divides():
+    for out_channels in range(1, 200):
+        for n in brute_force_divisors(out_channels):
+            assert num_groups_of_width(f"cpg_{n}", out_channels) == out_channels // n

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gnpractical.num_groups import RULES, check_num_groups, check_width, practical_num_groups
+from gnpractical.num_groups import (
+    RULES,
+    check_num_groups,
+    check_width,
+    num_groups_of_width,
+    practical_num_groups,
+)
 
 # Not in RULES: no function of the widths; ``measure.calibration`` chooses on a model and data.
 MEASURED = "measured"
@@ -20,7 +26,7 @@ _RULES = (*RULES, MEASURED)
 # Fewer values to a group are avoided where the data are seen: with 1 the output is zero, with 2 the
 # gradient, with 3 the gradient's expected variance is infinite.
 MIN_VALUES = 4
-_RULE_NAMES = {f"GN_{rule.upper()}": rule for rule in _RULES}
+_RULE_NAMES = [f"GN_{rule.upper()}" for rule in _RULES]
 
 
 def _outside_graphs(method: Callable[..., None]) -> Callable[..., None]:
@@ -44,12 +50,13 @@ class PracticalGroupNorm(nn.GroupNorm):
 
     Attributes:
         in_channels (int | None): input width of the weight layer that feeds this norm.
+        needs_in_channels (bool): whether the rule asks for it.
         num_channels (int): C.
         num_groups (int | None): G, a divisor of C.
         fed_by (tuple[nn.Module, ...] | None): the layers whose outputs reach this norm, where
             ``convert`` has followed the data; None where the structure says it (see ``pairing``).
-        rule (str | int): a rule of ``num_groups.practical_num_groups``, ``"measured"``, or a
-            fixed G.
+        rule (str | int): a rule of ``num_groups.practical_num_groups``, ``"measured"``,
+            ``"upto_<k>"`` or ``"cpg_<n>"`` (see ``num_groups.num_groups_of_width``), or a fixed G.
     """
 
     num_groups: int  # None while unresolved; nn.GroupNorm declares int
@@ -67,14 +74,16 @@ class PracticalGroupNorm(nn.GroupNorm):
     ) -> None:
         check_width("num_channels", num_channels)
         if isinstance(rule, str):
-            if rule not in _RULES:
+            if rule not in _RULES and num_groups_of_width(rule, 1) is None:
                 raise ValueError(
-                    f"rule must be one of {_RULES} or a number of groups; got {rule!r}"
+                    f"rule must be one of {_RULES}, 'upto_<k>', 'cpg_<n>' or a number of groups; "
+                    f"got {rule!r}"
                 )
         else:
             check_width("rule", rule)
         super().__init__(1, num_channels, eps=eps, affine=affine, device=device, dtype=dtype)
         self.rule = rule
+        self.needs_in_channels = rule in _RULES
         self.in_channels: int | None = None
         self.fed_by: tuple[nn.Module, ...] | None = None
         self.num_groups = None  # type: ignore[assignment]
@@ -104,8 +113,10 @@ class PracticalGroupNorm(nn.GroupNorm):
             self.in_channels = in_channels
             return
         if isinstance(self.rule, str):
-            assert in_channels is not None
-            num_groups = practical_num_groups(in_channels, self.num_channels, self.rule)
+            num_groups = num_groups_of_width(self.rule, self.num_channels)
+            if num_groups is None:
+                assert in_channels is not None
+                num_groups = practical_num_groups(in_channels, self.num_channels, self.rule)
         else:
             num_groups = self.rule
             try:
@@ -144,7 +155,7 @@ class PracticalGroupNorm(nn.GroupNorm):
 
     @_outside_graphs
     def _resolve_or_raise(self) -> None:
-        if not isinstance(self.rule, str):
+        if not self.needs_in_channels:
             return self.resolve(None)
         if self.rule == MEASURED:
             raise RuntimeError(
@@ -183,17 +194,19 @@ class PracticalGroupNorm(nn.GroupNorm):
 def group_norm_from_name(name: str, num_channels: int) -> PracticalGroupNorm | None:
     """The unresolved norm that a config string names, or None if it names no norm of ours.
 
-    ``GN_<RULE>`` selects a rule, such as ``GN_PRACTICAL``; ``GN_<k>`` a fixed number of groups.
+    ``GN_<RULE>`` selects a rule, such as ``GN_PRACTICAL`` or ``GN_UPTO_32``; ``GN_<k>`` a fixed
+    number of groups.
     """
-    if name in _RULE_NAMES:
-        return PracticalGroupNorm(num_channels, rule=_RULE_NAMES[name])
+    rule = name.removeprefix("GN_").lower()
+    if name in _RULE_NAMES or (name == f"GN_{rule.upper()}" and num_groups_of_width(rule, 1)):
+        return PracticalGroupNorm(num_channels, rule=rule)
     fixed = re.fullmatch(r"GN_([1-9]\d*)", name)
     return PracticalGroupNorm(num_channels, rule=int(fixed[1])) if fixed else None
 
 
 def norm_names() -> list[str]:
     """The config strings that :func:`group_norm_from_name` accepts."""
-    return [*_RULE_NAMES, "GN_<number of groups>"]
+    return [*_RULE_NAMES, "GN_<number of groups>", "GN_UPTO_<k>", "GN_CPG_<n>"]
 
 
 def unknown_norm_message(norm: object, others: list[str]) -> str:

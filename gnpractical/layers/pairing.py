@@ -177,7 +177,7 @@ def _resolve_on_registration(parent: nn.Module, name: str, child: nn.Module | No
         if layer is not parent:
             text += f" in {type(parent).__name__}"
         child.resolve(widths[0], layer=text)
-    elif isinstance(child.rule, int):
+    elif not child.needs_in_channels:
         child.resolve(None, layer=f"{type(parent).__name__}.{name}")
 
 

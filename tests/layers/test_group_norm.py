@@ -200,9 +200,10 @@ def test_names():
     assert group_norm_from_name("GN_PRACTICAL", 8).rule == "practical"
     assert group_norm_from_name("GN_CLOSEST", 8).rule == "closest"
     assert group_norm_from_name("GN_16", 32).rule == 16
-    for other in ["GN", "BN", "GN_0", "GN_-1", "GN_x", "gn_practical"]:
+    assert group_norm_from_name("GN_UPTO_32", 48).rule == "upto_32"
+    for other in ["GN", "BN", "GN_0", "GN_-1", "GN_x", "gn_practical", "GN_upto_32", "GN_CPG_0"]:
         assert group_norm_from_name(other, 8) is None
-    for name in ["GN_PRACTICAL", "GN_CLOSEST", "GN_16"]:
+    for name in ["GN_PRACTICAL", "GN_CLOSEST", "GN_16", "GN_UPTO_32", "GN_CPG_16"]:
         assert group_norm_from_name(name, 32).norm_name == name
 
 
@@ -220,3 +221,15 @@ def test_measured_waits_for_its_count():
     torch.testing.assert_close(norm(x), nn.GroupNorm(4, 12)(x))
     copied = pickle.loads(pickle.dumps(norm))
     assert copied.num_groups == 4 and copied.rule == "measured"
+
+
+def test_rules_of_the_width_alone_need_no_layer():
+    norm = group_norm_from_name("GN_UPTO_32", 48)
+    assert norm.num_groups is None
+    assert nn.Sequential(nn.ReLU(), norm)[1].num_groups == 24
+    norm = PracticalGroupNorm(48, rule="cpg_16")
+    norm(torch.randn(2, 48, 3, 3))
+    assert norm.num_groups == 3
+    assert (
+        nn.Sequential(nn.Conv2d(8, 48, 1), PracticalGroupNorm(48, rule="cpg_4"))[1].in_channels == 8
+    )
