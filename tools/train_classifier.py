@@ -1,13 +1,15 @@
 #!/usr/bin/env python
-"""Table 4 of the paper: a ResNet with GroupNorm on Oxford-IIIT Pet or Caltech-101.
+"""Train a classifier with different norms: on the data of the paper's Table 4, or on a folder.
 
     python tools/train_classifier.py --dataset pets --data datasets --output output/table4_pets
+    python tools/train_classifier.py --dataset my_images --groups BN practical --output output/mine
 
-Rows are numbers of groups for the whole model, or rules that choose one for each layer; a run of
-`measured` chooses on its own first batches. Training is from scratch, with random crops and flips.
-Pets has its own test split; of Caltech-101 a fifth of each category is drawn once. The paper's
-appendix with its hyperparameters is not available: the recipe is this tool's. An interrupted
-experiment goes on where it was, within a run by the epoch.
+Rows are numbers of groups for the whole model, rules that choose one for each layer, or BN; a run
+of `measured` chooses on its own first batches. Training is from scratch, with random crops and
+flips. Pets has its own test split; of Caltech-101 a fifth of each category is drawn once; a folder
+has train/<class>/ and val/<class>/. The paper's appendix with its hyperparameters is not available:
+the recipe is this tool's. An interrupted experiment goes on where it was, within a run by the
+epoch. Every run leaves its weights.
 """
 
 import argparse
@@ -15,23 +17,21 @@ import json
 import sys
 from functools import partial
 from itertools import islice
-from operator import methodcaller
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
-from torchvision import transforms as T
-from torchvision.datasets import Caltech101, OxfordIIITPet
-from torchvision.models import get_model
+from torch.utils.data import DataLoader
 
 from gnpractical import calibrate, format_report, group_report
 from gnpractical.layers import group_norm_from_name
-from gnpractical.paper.classifier import fit, stratified_split
+from gnpractical.paper.classifier import fit
 from gnpractical.paper.results import Results, check_options, format_results, norm_name_of
 from gnpractical.runs.device import resolve_device
-from gnpractical.runs.errors import first_line
-from gnpractical.runs.output_dir import write_text
+from gnpractical.runs.group_record import RECORD_KEY, group_record
+from gnpractical.runs.output_dir import write_atomically, write_text
+from gnpractical.tv.classification import ARCHS, LAYOUT, build_classifier, open_classes
 
 # The values that can be told apart in the paper's Table 4, in %.
 PAPER = {
@@ -41,33 +41,7 @@ PAPER = {
     ("caltech101", "resnet101"): {"32": 22.781, "practical": 22.247},
 }
 ROWS = ["32", "1", "practical", "exact", "measured"]
-LAYOUT = {
-    "pets": "oxford-iiit-pet/images and annotations",
-    "caltech101": "caltech101/101_ObjectCategories, BACKGROUND_Google among them",
-}
 CALIBRATION_BATCHES = 4
-
-
-def read_dataset(name, root, image_size):
-    """Return the training set, the test set and the number of classes."""
-    normalize = [T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
-    rgb = methodcaller("convert", "RGB")  # some images of Caltech-101 are grey
-    train = T.Compose([rgb, T.RandomResizedCrop(image_size), T.RandomHorizontalFlip(), *normalize])
-    test = T.Compose([rgb, T.Resize(image_size * 8 // 7), T.CenterCrop(image_size), *normalize])
-    try:
-        if name == "pets":
-            train_set = OxfordIIITPet(root, "trainval", transform=train, download=True)
-            test_set = OxfordIIITPet(root, "test", transform=test, download=True)
-            return train_set, test_set, len(train_set.classes)
-        sets = [Caltech101(root, transform=t, download=True) for t in (train, test)]
-    except (OSError, RuntimeError, ValueError) as e:
-        raise ValueError(
-            f"--data must hold {name} as torchvision lays it out ({LAYOUT[name]}), or be a folder "
-            f"to download it into, but {root} does not work ({first_line(e)}). Put the dataset "
-            f"there or correct --data."
-        ) from None
-    indices = stratified_split(torch.tensor(sets[0].y), 0.2)
-    return *map(Subset, sets, indices), len(sets[0].categories)
 
 
 def report_groups(model, path):
@@ -82,10 +56,10 @@ def parse_args():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    archs = [f"resnet{depth}" for depth in (18, 34, 50, 101)]
-    parser.add_argument("--arch", choices=archs, default="resnet50")
-    parser.add_argument("--dataset", choices=list(LAYOUT), default="pets")
-    parser.add_argument("--groups", nargs="+", default=ROWS, metavar="ROW", help="numbers, rules")
+    parser.add_argument("--arch", choices=ARCHS, default="resnet50")
+    parser.add_argument("--dataset", default="pets", help=f"{', '.join(LAYOUT)}, or a folder")
+    rows = "numbers, rules, BN"
+    parser.add_argument("--groups", nargs="+", default=ROWS, metavar="ROW", help=rows)
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (3)")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--epochs", type=int, default=200)
@@ -101,10 +75,11 @@ def parse_args():
 
 
 def main(args):
-    settings = check_options(vars(args))
+    rows = [row for row in args.groups if row != "BN"]
+    settings = check_options(vars(args) | {"groups": rows})
     device = resolve_device(args.device)
     on_gpu = device.type == "cuda"
-    train_set, test_set, num_classes = read_dataset(args.dataset, args.data, args.image_size)
+    train_set, test_set, num_classes = open_classes(args.dataset, args.data, args.image_size)
     settings |= {"train_images": len(train_set), "test_images": len(test_set)}
     results = Results(args.output / "results.json", settings | {"classes": num_classes})
     load = partial(DataLoader, num_workers=args.workers, pin_memory=on_gpu)
@@ -114,8 +89,8 @@ def main(args):
 
     def build(row, seed):
         torch.manual_seed(seed)
-        norm = partial(group_norm_from_name, norm_name_of(row))
-        return get_model(args.arch, norm_layer=norm, num_classes=num_classes).to(device)
+        ours = row != "BN" and partial(group_norm_from_name, norm_name_of(row))
+        return build_classifier(args.arch, ours or nn.BatchNorm2d, num_classes).to(device)
 
     def loss(model, batch):
         return F.cross_entropy(model(batch[0].to(device)), batch[1].to(device))
@@ -125,7 +100,11 @@ def main(args):
         if row == "measured" and not checkpoint.exists():  # else it brings the counts
             calibrate(model, list(islice(train_batches, CALIBRATION_BATCHES)), loss)
             report_groups(model, args.output / f"groups_{row}_{seed}.json")
-        return fit(model, train_batches, test_batches, seed, checkpoint, mixed=on_gpu, **recipe)
+        done = fit(model, train_batches, test_batches, seed, checkpoint, mixed=on_gpu, **recipe)
+        weights = {"model": model.state_dict(), RECORD_KEY: group_record(model)}
+        path = args.output / f"weights_{row}_{seed}.pth"
+        write_atomically(path, partial(torch.save, weights))
+        return done
 
     # In ResNet-18 and -34 no layer narrows, so practical is 1 everywhere: that is trained once.
     rows, labels = {}, {}
@@ -136,7 +115,10 @@ def main(args):
 
     runs = results.run(list(labels), args.seeds, train)
     print(format_results(runs, labels, PAPER.get((args.dataset, args.arch), {})))
-    print(f"Runs: {results.path}. Group counts: {args.output}/groups_<row>.json.")
+    print(
+        f"Runs: {results.path}. Group counts: {args.output}/groups_<row>.json. "
+        f"Weights: {args.output}/weights_<row>_<seed>.pth."
+    )
 
 
 if __name__ == "__main__":

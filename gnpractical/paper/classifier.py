@@ -128,16 +128,3 @@ def _load_checkpoint(path: Path, parts: Mapping[str, Any]) -> History:
             f"{path} must be a checkpoint of this run, but it cannot be used ({first_line(e)}). "
             f"Remove it to start this run again."
         ) from None
-
-
-def stratified_split(labels: Tensor, test_share: float) -> tuple[list[int], list[int]]:
-    """Return indices for training and for the test, always the same share of every class."""
-    generator = torch.Generator().manual_seed(0)
-    train, test = [], []
-    for label in labels.unique():
-        (index,) = torch.where(labels == label)
-        index = index[torch.randperm(len(index), generator=generator)]
-        count = round(len(index) * test_share)
-        test += index[:count].tolist()
-        train += index[count:].tolist()
-    return train, test

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from gnpractical.layers import PracticalGroupNorm
-from gnpractical.paper.classifier import error_rate, fit, stratified_split
+from gnpractical.paper.classifier import error_rate, fit
 
 RECIPE = {"epochs": 4, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 
@@ -86,11 +86,3 @@ def test_error_rate_by_hand():
     labels = torch.tensor([0, 0, 0, 1])
     data = [(logits[:3], labels[:3]), (logits[3:], labels[3:])]
     assert error_rate(nn.Identity(), data) == 50.0
-
-
-def test_a_split_takes_its_share_of_every_class():
-    labels = torch.tensor([0] * 10 + [1] * 20 + [2] * 5)
-    train, test = stratified_split(labels, 0.2)
-    assert sorted(train + test) == list(range(35))
-    assert labels[test].bincount().tolist() == [2, 4, 1]
-    assert (train, test) == stratified_split(labels, 0.2)

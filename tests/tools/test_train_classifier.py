@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("torchvision", reason="torchvision is not installed")
@@ -117,6 +118,22 @@ def test_pets_in_torchvision_layout(tmp_path):
     assert done.returncode == 0, done.stderr
     settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
     assert (settings["train_images"], settings["test_images"], settings["classes"]) == (8, 8, 2)
+
+
+@pytest.mark.slow
+def test_an_image_folder_with_batch_norm_and_the_weights_that_are_left(tmp_path):
+    for split in ("train", "val"):
+        for seed, name in enumerate(("cat", "dog"), 1):
+            write_images(tmp_path / "pets" / split / name, range(8), seed)
+    options = [*SMALL, "--dataset", tmp_path / "pets", "--arch", "bottleneck20"]
+    done = run(*options, "--groups", "BN", 16, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert {r["row"] for r in records(tmp_path / "out")} == {"BN", "16"}
+    file = torch.load(tmp_path / "out" / "weights_BN_0.pth", weights_only=True)
+    assert "1.running_mean" in file["model"]
+    assert file["gnp_groups"]["1"]["norm"] == "BatchNorm2d"
+    file = torch.load(tmp_path / "out" / "weights_16_0.pth", weights_only=True)
+    assert file["gnp_groups"]["1"]["num_groups"] == 16
 
 
 @pytest.mark.parametrize(
