@@ -33,6 +33,7 @@ def parse_args():
     add("--norm", help=f"{', '.join(norm_names())}, GN, BN, FrozenBN, or SyncBN (on GPUs)")
     add("--weight-standardization", action="store_true", help="in backbone, FPN and box head")
     quick_help = "small models on the embedded shapes, in minutes; sets the defaults of the rest"
+    add("--stride-in-1x1", action="store_true", help="where bottlenecks stride, as MSRA's ResNets")
     add("--quick", action="store_true", help=quick_help)
     add("--data-path", metavar="DIR", help="folder of data sets: $DETECTRON2_DATASETS if set")
     add("--dataset", metavar="NAME", help="its folder in --data-path")
@@ -45,6 +46,10 @@ def parse_args():
     add("--output-dir", required=True, metavar="DIR")
     add("--resume", action="store_true", help="go on from the last checkpoint in --output-dir")
     add("--weights", metavar="FILE", help="begin with these, or evaluate them")
+    backbone_help = "begin with a ResNet's of torchvision, timm, mmdet, Detectron2, ..."
+    add("--weights-backbone", metavar="FILE", help=backbone_help)
+    match_help = "match norms that begin with the weights of other norms, on so many batches"
+    add("--match-batches", **number, help=match_help)
     mismatch_help = "when a checkpoint's group counts are not the model's"
     add("--checkpoint-mismatch", choices=["error", "warn", "ignore"], help=mismatch_help)
     add("--test-only", action="store_true", help="evaluate --weights, or with --resume the run's")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from gnpractical.runs.array_pickle import load_arrays
 from gnpractical.runs.checkpointer import GroupCheckpointer
 from gnpractical.runs.group_record import GroupRecord, group_record
+from gnpractical.runs.pretrained import PretrainedResNet, strides_in_1x1
 
 # Which config key chooses the norms under a module path.
 _NORM_KEYS = {
@@ -53,24 +53,41 @@ class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
 
     def _read(self, filename: str) -> dict[str, Any]:
         """As Detectron2's ``_load_file``, whose pickles and .pyth files could run code."""
-        if filename.endswith(".pkl"):
-            with PathManager.open(filename, "rb") as f:
-                data = load_arrays(f)
-            if "model" in data and "__author__" in data:
-                return data
-            blobs = data.get("blobs", data)  # Caffe2's and Detectron1's
-            weights = {k: v for k, v in blobs.items() if not k.endswith("_momentum")}
-            return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
         if filename.endswith(".pyth"):  # pycls
             state = self._torch_load(filename)["model_state"]
             weights = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
             return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
-        return DetectionCheckpointer._load_file(self, filename)
+        loaded = super()._read(filename)
+        if filename.endswith(".pkl") and "__author__" not in loaded:
+            weights = {k: v for k, v in loaded["model"].items() if not k.endswith("_momentum")}
+            return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+        return loaded
+
+    load_anyway = "MODEL.GNP.CHECKPOINT_MISMATCH warn"
+
+    def resnet_advice(self, resnet: PretrainedResNet) -> str:
+        changes = {"NUM_GROUPS": resnet.num_groups, "WIDTH_PER_GROUP": resnet.width_per_group}
+        if resnet.depth:
+            changes = {"DEPTH": resnet.depth} | changes
+        return ", ".join(f"MODEL.RESNETS.{key} {value}" for key, value in changes.items())
+
+    def prepared(self, resnet: PretrainedResNet) -> tuple[PretrainedResNet, list[str]]:
+        model, changes = self.model, {}
+        bgr = getattr(model, "input_format", "BGR") == "BGR"
+        if bgr != resnet.bgr:
+            changes["INPUT.FORMAT"] = "BGR" if resnet.bgr else "RGB"
+        for key in ("pixel_mean", "pixel_std"):
+            own, other = getattr(model, key, None), torch.tensor(getattr(resnet, key))
+            if own is not None and not torch.allclose(own.flatten().cpu(), other, rtol=0.02):
+                changes[f"MODEL.{key.upper()}"] = [round(x, 3) for x in other.tolist()]
+        if strides_in_1x1(model) not in (None, resnet.stride_in_1x1):
+            changes["MODEL.RESNETS.STRIDE_IN_1X1"] = resnet.stride_in_1x1
+        return resnet, [f"{key} {value}" for key, value in changes.items()]
 
     def advice(self, differing: list[str], record: GroupRecord) -> str:
         return (
-            f"To match the file: {self._overrides(differing, record)}. To load it all the same: "
-            f"MODEL.GNP.CHECKPOINT_MISMATCH warn"
+            f"To match the file: {self._overrides(differing, record)}. To carry its weights over "
+            f"to the model's norms at the start of training: MODEL.GNP.MATCH_BATCHES 2"
         )
 
     def _overrides(self, differing: list[str], record: GroupRecord) -> str:

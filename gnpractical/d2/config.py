@@ -23,6 +23,9 @@ def add_gnp_config(cfg: CfgNode) -> None:
     cfg.MODEL.GNP.WEIGHT_STANDARDIZATION = []
     # When a checkpoint's recorded group counts are not the model's: error, warn or ignore.
     cfg.MODEL.GNP.CHECKPOINT_MISMATCH = "error"
+    # When MODEL.WEIGHTS brings the weights of other norms, match the model's to them on so many
+    # batches of training images before the first step; 0: do not.
+    cfg.MODEL.GNP.MATCH_BATCHES = 0
     # How many batches of training images GN_MEASURED is calibrated on.
     cfg.MODEL.GNP.CALIBRATION_BATCHES = 2
     # Measure the gradient's variance across every block each so many iterations; 0 is never.
@@ -82,11 +85,9 @@ def _check(cfg: CfgNode) -> None:
             f"MODEL.GNP.CHECKPOINT_MISMATCH must be one of {', '.join(MISMATCH_CHOICES)}; "
             f"got {cfg.MODEL.GNP.CHECKPOINT_MISMATCH!r}"
         )
-    if cfg.MODEL.GNP.CALIBRATION_BATCHES < 1 or cfg.MODEL.GNP.PROBE_PERIOD < 0:
-        raise ValueError(
-            f"MODEL.GNP.CALIBRATION_BATCHES must be at least 1 and PROBE_PERIOD at least 0; got "
-            f"{cfg.MODEL.GNP.CALIBRATION_BATCHES} and {cfg.MODEL.GNP.PROBE_PERIOD}"
-        )
+    for key, least in {"CALIBRATION_BATCHES": 1, "MATCH_BATCHES": 0, "PROBE_PERIOD": 0}.items():
+        if cfg.MODEL.GNP[key] < least:
+            raise ValueError(f"MODEL.GNP.{key} must be at least {least}, got {cfg.MODEL.GNP[key]}")
 
 
 def _explain(error: Exception, cfg: CfgNode) -> str:

@@ -32,6 +32,7 @@ from gnpractical.d2.probe import GradientProbe
 from gnpractical.layers.pairing import require_resolved
 from gnpractical.measure.calibration import measured_norms
 from gnpractical.runs.calibrate_measured import calibrate_measured
+from gnpractical.runs.carry_over import match_loaded
 from gnpractical.runs.output_dir import check_disk_space, write_group_report
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,8 @@ HEADLINES = {"bbox": "AP", "segm": "AP", "sem_seg": "mIoU", "panoptic_seg": "PQ"
 class Trainer(DefaultTrainer):
     """As ``DefaultTrainer``, but
 
-    * calibrates GN_MEASURED norms and logs the group report, which it writes to
-      ``OUTPUT_DIR/groups.json``, before the first step;
+    * before the first step calibrates GN_MEASURED norms, matches norms that begin with the weights
+      of other norms, and logs the group report, which it writes to ``OUTPUT_DIR/groups.json``;
     * measures the gradient's variance each ``MODEL.GNP.PROBE_PERIOD`` iterations;
     * checks data sets, annotations and disk space before the first step;
     * saves and loads with :class:`GNPCheckpointer`;
@@ -81,7 +82,10 @@ class Trainer(DefaultTrainer):
         trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = trainer_class(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = GNPCheckpointer.from_config(cfg, model, trainer=weakref.proxy(self))
+        match = cfg.MODEL.GNP.MATCH_BATCHES > 0
+        self.checkpointer = GNPCheckpointer.from_config(
+            cfg, model, match=match, trainer=weakref.proxy(self)
+        )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -102,9 +106,23 @@ class Trainer(DefaultTrainer):
             batches = self.extra_batches(self.cfg.MODEL.GNP.CALIBRATION_BATCHES)
             with EventStorage():  # the model's own scalars are not training's
                 calibrate_measured(model, batches)
+        if self.checkpointer.other_norms.record and self.cfg.MODEL.GNP.MATCH_BATCHES:
+            match_loaded(model, self.checkpointer.other_norms, self._batches_to_match())
         if comm.is_main_process():
             write_group_report(model, self.cfg.OUTPUT_DIR)
         return super().train()
+
+    def _batches_to_match(self) -> list[Any]:
+        count = self.cfg.MODEL.GNP.MATCH_BATCHES
+        batches = self.extra_batches(count)
+        names = [image["file_name"] for batch in batches for image in batch]
+        distinct = len(set(names))
+        if distinct < len(names) and self.cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
+            raise ValueError(
+                f"MODEL.GNP.MATCH_BATCHES {count} takes {len(names)} images in each process, but "
+                f"there are only {distinct}. A few dozen are enough."
+            )
+        return batches
 
     def extra_batches(self, count: int) -> list[Any]:
         """Training batches from a loader of their own, so that training goes on as without."""

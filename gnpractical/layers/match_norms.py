@@ -9,7 +9,7 @@ that mean and deviation again, on a few batches.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,7 @@ def match_norms(
     batches: Iterable[Any],
     run: Run | None = None,
     targets: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    only: Collection[str] | None = None,
 ) -> list[MatchedNorm]:
     """Give the output of every GroupNorm, in place, the mean and deviation it is meant to have.
 
@@ -65,9 +66,10 @@ def match_norms(
         run: ``run(model, batch)`` runs the model. By default ``model(batch)``.
         targets: For the paths of norms the mean (C,) and deviation (C,) of each channel, from
             :func:`norm_targets`. By default, and for other norms, the bias and |weight|.
+        only: The paths of the norms to match. By default all.
 
     Returns:
-        A row for every GroupNorm, in registration order.
+        A row for every GroupNorm of these, in registration order.
 
     Raises:
         TypeError: ``batches`` are not a list of batches.
@@ -75,6 +77,7 @@ def match_norms(
         RuntimeError: A norm has no number of groups yet. After any error the model is as it was.
     """
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
+    norms = {n: m for n, m in norms.items() if only is None or n in only}
     if not norms:
         raise ValueError(f"{type(model).__name__} has no GroupNorm to match")
     matchers = {name: _Matcher(name, norm, targets or {}) for name, norm in norms.items()}

@@ -70,6 +70,12 @@ def standardize_layer(layer: nn.Module) -> bool:
     return isinstance(layer, WSConv2d)
 
 
+def unstandardize_layer(layer: nn.Module) -> None:
+    """Undo :func:`standardize_layer`, in place."""
+    plain = {standardized: cls for cls, standardized in STANDARDIZED.items()}
+    layer.__class__ = plain.get(type(layer), type(layer))  # type: ignore[assignment]
+
+
 def is_weight_standardized(pair: NormPair) -> bool:
     """Whether a layer that feeds this norm convolves with standardized weights."""
     return any(isinstance(layer, WSConv2d) for layer in pair.layers.values())
@@ -125,12 +131,13 @@ def fold_weight_standardization(model: nn.Module) -> int:
     Raises:
         TypeError: A convolution cannot be folded, or shares its weight. Nothing is folded.
     """
-    plain = {standardized: cls for cls, standardized in STANDARDIZED.items()}
     convs = [module for module in model.modules() if isinstance(module, WSConv2d)]
     weights = {conv.weight for conv in convs}
     for name, module in model.named_modules():
         if isinstance(module, WSConv2d):
-            foldable = type(module) in plain and isinstance(module.weight, nn.Parameter)
+            foldable = type(module) in STANDARDIZED.values() and isinstance(
+                module.weight, nn.Parameter
+            )
         else:
             foldable = weights.isdisjoint(module.parameters(recurse=False))
         if not foldable:
@@ -143,5 +150,5 @@ def fold_weight_standardization(model: nn.Module) -> int:
         for weight in weights:  # which convolutions may share
             weight.copy_(standardize_weight(weight))
     for conv in convs:
-        conv.__class__ = plain[type(conv)]  # type: ignore[assignment]
+        unstandardize_layer(conv)
     return len(convs)

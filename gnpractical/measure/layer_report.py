@@ -35,6 +35,8 @@ class LayerGroups:
         ratio, ratio_1, ratio_32: K(G), K(1), K(32); the last is None where 32 does not divide.
         frozen: its parameters do not train.
         weight_standardized: the layer that feeds it is weight standardized.
+        matched_from: the norm whose weights it began with, such as ``BatchNorm2d``, if it was
+            matched to it (see ``runs.carry_over``), else "".
     """
 
     name: str
@@ -48,11 +50,12 @@ class LayerGroups:
     ratio_32: float | None
     frozen: bool
     weight_standardized: bool
+    matched_from: str = ""
 
     @property
     def flags(self) -> str:
-        """What is worth noticing: ``G=1``, ``G=C``, ``frozen``, ``WS``; no count yet:
-        ``unresolved`` (no weight layer is known) or ``uncalibrated`` (GN_MEASURED)."""
+        """What is worth noticing: ``G=1``, ``G=C``, ``frozen``, ``WS``, ``matched``; without a
+        count ``unresolved`` (no weight layer is known) or ``uncalibrated`` (GN_MEASURED)."""
         marks = {
             "unresolved": self.num_groups is None and self.in_channels is None,
             "uncalibrated": self.num_groups is None and self.in_channels is not None,
@@ -60,6 +63,7 @@ class LayerGroups:
             "G=C": self.num_groups == self.out_channels,
             "frozen": self.frozen,
             "WS": self.weight_standardized,
+            "matched": bool(self.matched_from),
         }
         return " ".join(mark for mark, holds in marks.items() if holds)
 
@@ -90,6 +94,7 @@ def group_report(model: nn.Module) -> list[LayerGroups]:
                 ratio_32=_ratio(in_channels, norm.num_channels, 32),
                 frozen=norm.weight is not None and not norm.weight.requires_grad,
                 weight_standardized=is_weight_standardized(pair),
+                matched_from=getattr(norm, "matched_from", ""),
             )
         )
     return rows

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from gnpractical.runs.device import precision
 from gnpractical.runs.errors import first_line
-from gnpractical.runs.group_record import group_record, take_measured
+from gnpractical.runs.group_record import group_record, take_recorded
 from gnpractical.runs.output_dir import write_atomically
 
 Batches = Collection[tuple[Tensor, Tensor]]  # a DataLoader, or a list
@@ -119,7 +119,7 @@ def error_rate(model: nn.Module, batches: Batches, device: torch.device | str = 
 def _load_checkpoint(path: Path, parts: Mapping[str, Any]) -> History:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        take_measured(parts["model"], state["groups"])
+        take_recorded(parts["model"], state["groups"])
         for name, part in parts.items():
             part.load_state_dict(state[name])
         return History(**state["history"])

@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from fvcore.common.checkpoint import Checkpointer
+from safetensors.torch import load_file
 from torch import nn
 
 from gnpractical.measure.layer_report import group_report
+from gnpractical.runs.array_pickle import load_arrays
+from gnpractical.runs.carry_over import OtherNorms, statistics_left
 from gnpractical.runs.group_record import (
     RECORD_KEY,
     GroupMismatch,
@@ -21,9 +24,11 @@ from gnpractical.runs.group_record import (
     describe_mismatch,
     differing_norms,
     group_record,
-    take_measured,
+    record_of_batch_norms,
+    take_recorded,
 )
 from gnpractical.runs.output_dir import write_atomically, write_text
+from gnpractical.runs.pretrained import PretrainedResNet, place, recognize, torchvision_name
 
 logger = logging.getLogger(__name__)
 
@@ -33,24 +38,50 @@ class GroupCheckpointer(Checkpointer):
 
     * a record of the group counts in every file it writes, compared on loading;
     * files that appear complete or not at all, and only with finite weights;
+    * weights of ResNets as others published them (see ``pretrained``), for the backbone;
     * nothing executed from a file.
 
-    Subclasses say in :meth:`advice` how a user makes the model match.
+    Subclasses say in four methods how a user makes the model match.
 
     Args:
-        mismatch: what other group counts in a loaded file do: "error", "warn" or "ignore".
+        mismatch: what a loaded file does that was trained with other group counts, or on other
+            images, than the model's: "error", "warn" or "ignore".
+        match: other norms in the file that training begins with are no mismatch, since they
+            will be matched.
+
+    Attributes:
+        other_norms (OtherNorms): those of the file that training begins with.
     """
 
     def __init__(
-        self, model: nn.Module, save_dir: str = "", *, mismatch: str = "error", **kwargs: Any
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        mismatch: str = "error",
+        match: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(model, save_dir, **kwargs)
+        self.other_norms = OtherNorms()
         self._mismatch = mismatch
+        self._match, self._begins = match, False
         self._loading = ""
 
     def advice(self, differing: list[str], record: GroupRecord) -> str:
-        """What to change so that the norms ``differing`` match ``record``, or to load anyway."""
+        """What to change so that the norms ``differing`` match ``record``, or are matched."""
         raise NotImplementedError
+
+    def resnet_advice(self, resnet: PretrainedResNet) -> str:
+        """What to change so that the model's ResNet has the file's depth and widths."""
+        raise NotImplementedError
+
+    def prepared(self, resnet: PretrainedResNet) -> tuple[PretrainedResNet, list[str]]:
+        """The weights for the images that this model takes, and what to change to match them."""
+        raise NotImplementedError
+
+    load_anyway = ""  # what to change so that a file is loaded though it does not match
+    _backbone_only = False  # whether a file's ResNet is wanted, and nothing else of it
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<name>.pth`` and point ``last_checkpoint`` at it.
@@ -84,18 +115,19 @@ class GroupCheckpointer(Checkpointer):
             return f"The last good checkpoint is {self.get_checkpoint_file()}."
         return f"There is no checkpoint in {self.save_dir} yet."
 
-    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """As the base class's.
 
         Raises:
-            GroupMismatch: trained with other group counts.
+            GroupMismatch: trained with other group counts, or on other images.
             ValueError: missing, damaged, or of another model; the message names the file.
         """
         self._loading = path
+        self._begins = checkpointables == []  # nor resumed
         # Detectron2 takes options behind a question mark.
         if path and "://" not in path and not os.path.isfile(path.partition("?")[0]):
             raise ValueError(f"Checkpoint {path!r} does not exist")
-        return super().load(path, *args, **kwargs)
+        return super().load(path, checkpointables)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
@@ -111,23 +143,74 @@ class GroupCheckpointer(Checkpointer):
                 f"checkpoint, or would have to run code, which nothing here does. "
                 f"{type(e).__name__}: {reason}"
             ) from e
-        return loaded
+        return self._published(loaded) or loaded
 
     def _read(self, filename: str) -> dict[str, Any]:
-        loaded = self._torch_load(filename)
-        return loaded if "model" in loaded else {"model": loaded}  # a bare state_dict
+        if filename.endswith(".pkl"):
+            with self.path_manager.open(filename, "rb") as f:
+                loaded = load_arrays(f)
+            loaded = loaded.get("blobs", loaded)  # Caffe2's and Detectron1's
+        elif filename.endswith(".safetensors"):
+            loaded = load_file(filename)
+        else:
+            loaded = self._torch_load(filename)
+        if "model" in loaded:
+            return loaded
+        return {"model": loaded.get("state_dict", loaded)}
+
+    def _published(self, loaded: dict[str, Any]) -> dict[str, Any] | None:
+        """What ``loaded`` holds of a ResNet by the model's names, if it holds one."""
+        weights, record = loaded["model"], loaded.get(RECORD_KEY, {})
+        mine = self.model.state_dict().keys()
+        if 2 * len(weights.keys() & mine) > len(weights) and not self._backbone_only:
+            return None  # it is the model's own
+        try:
+            resnet = recognize(weights, record)
+            if resnet is None and self._backbone_only:
+                raise ValueError("it holds no ResNet, by the names of its tensors")
+            if resnet is None:
+                return None
+            described, (resnet, changes) = str(resnet), self.prepared(resnet)
+            tensors = place(resnet, self.model, self.resnet_advice(resnet))
+        except ValueError as e:
+            raise ValueError(f"{self._loading}: {e}") from None
+        if changes:
+            self._complain(
+                f"{self._loading} is a {described}, which was trained on other images or with "
+                f"other strides. To match it: {', '.join(changes)}."
+            )
+        used = sum(name in mine for name in tensors)
+        logger.info(
+            "%s is a %s: %d of its %d tensors are used. Left are %d statistics of BatchNorm, %d "
+            "of stages that the model does not have, and %d that are no ResNet's, such as a "
+            "classifier.",
+            *(self._loading, described, used, len(weights), len(tensors) - used),
+            *(len(weights) - len(tensors) - len(resnet.other), len(resnet.other)),
+        )
+        places = {name: torchvision_name(name) or "" for name in tensors}
+        layers = {n.rpartition(".")[0]: of.rpartition(".")[0] for n, of in places.items()}
+        record = {n: resnet.record[of] for n, of in layers.items() if of in resnet.record}
+        return {"model": tensors, RECORD_KEY: record}
 
     def _torch_load(self, f: str) -> Any:
         return torch.load(f, map_location="cpu", weights_only=True)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        record = checkpoint.pop(RECORD_KEY, None)
-        if record is not None:
-            try:
-                take_measured(self.model, record)
-            except ValueError as e:
-                raise GroupMismatch(f"{self._loading} was trained with other groups: {e}") from None
-            self._compare(record)
+        weights = checkpoint["model"]
+        record = checkpoint.pop(RECORD_KEY, None) or record_of_batch_norms(self.model, weights)
+        try:
+            take_recorded(self.model, record)
+        except ValueError as e:
+            raise GroupMismatch(f"{self._loading} was trained with other groups: {e}") from None
+        differing = differing_norms(self.model, record)
+        other_norms = OtherNorms.of(self._loading, {n: record[n] for n in differing}, weights)
+        if differing and not (self._match and self._begins):
+            self._complain(
+                f"{describe_mismatch(self._loading, self.model, record, differing)} "
+                f"{self.advice(differing, record)}."
+            )
+        for name in statistics_left(self.model, weights):
+            del weights[name]
         incompatible = super()._load_model(checkpoint)
         parameters = {name for name, _ in self.model.named_parameters()}
         missing = parameters & set(incompatible.missing_keys)
@@ -137,25 +220,21 @@ class GroupCheckpointer(Checkpointer):
                 f"{self._loading}: none of the model's {len(parameters)} parameters is in this "
                 f"file; it belongs to another model."
             )
-        if record is None:
-            loaded = [r for r in group_report(self.model) if f"{r.name}.weight" not in missing]
-            if loaded:
-                logger.warning(
-                    "%s has no record of group counts: %d GroupNorm layers got weights trained at "
-                    "an unknown number of groups (those of model zoos, such as R-50-GN.pkl: 32).",
-                    self._loading,
-                    len(loaded),
-                )
+        if self._begins:
+            self.other_norms = other_norms
+        loaded = [r for r in group_report(self.model) if f"{r.name}.weight" not in missing]
+        unknown = [r for r in loaded if r.name not in record]
+        if unknown:
+            logger.warning(
+                "%s has no record of group counts: %d GroupNorm layers got weights trained at "
+                "an unknown number of groups (those of model zoos: 32).",
+                self._loading,
+                len(unknown),
+            )
         return incompatible
 
-    def _compare(self, record: GroupRecord) -> None:
-        differing = differing_norms(self.model, record)
-        if not differing or self._mismatch == "ignore":
-            return
-        message = (
-            f"{describe_mismatch(self._loading, self.model, record, differing)} "
-            f"{self.advice(differing, record)}"
-        )
+    def _complain(self, message: str) -> None:
         if self._mismatch == "error":
-            raise GroupMismatch(message)
-        logger.warning(message)
+            raise GroupMismatch(f"{message} To load it all the same: {self.load_anyway}.")
+        if self._mismatch == "warn":
+            logger.warning(message)

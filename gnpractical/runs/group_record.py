@@ -6,7 +6,7 @@ with others load without complaint. The record is plain data, by path of the nor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -41,7 +41,17 @@ def group_record(model: nn.Module) -> dict[str, dict[str, Any]]:
     }
     for row in group_report(model):
         record[row.name] |= {"num_groups": row.num_groups, "norm": row.norm}
+        if row.matched_from:
+            record[row.name]["matched_from"] = row.matched_from
     return record
+
+
+def record_of_batch_norms(model: nn.Module, weights: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What the names of a file's ``weights`` say: which of the model's norms have statistics."""
+    keys = set(weights)
+    entry = {"num_groups": None, "norm": "BatchNorm2d", "weight_standardized": False}
+    names = [pair.norm_name for pair in find_pairs(model)]
+    return {name: dict(entry) for name in names if f"{name}.running_mean" in keys}
 
 
 def check_record(record: GroupRecord) -> None:
@@ -51,8 +61,12 @@ def check_record(record: GroupRecord) -> None:
             raise KeyError(f"incomplete {RECORD_KEY}")
 
 
-def take_measured(model: nn.Module, record: GroupRecord) -> None:
-    """Give the model's GN_MEASURED norms the counts the file was calibrated to."""
+def take_recorded(model: nn.Module, record: GroupRecord) -> None:
+    """Give the model's GN_MEASURED norms the counts the file was calibrated to, and remember what
+    its norms were matched from."""
+    for pair in find_pairs(model):
+        if "matched_from" in record.get(pair.norm_name, {}):
+            pair.norm.matched_from = record[pair.norm_name]["matched_from"]
     for name, norm in measured_norms(model).items():
         entry = record.get(name, {})
         if entry.get("norm") == norm.norm_name and entry["num_groups"]:

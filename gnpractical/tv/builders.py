@@ -25,11 +25,11 @@ from gnpractical.datasets.panoptic import IGNORE_LABEL
 from gnpractical.layers.group_norm import group_norm_from_name, unknown_norm_message
 from gnpractical.layers.weight_standardization import apply_weight_standardization
 from gnpractical.num_groups import check_width
+from gnpractical.tv.checkpoint import DEPTHS, TorchvisionCheckpointer
 from gnpractical.tv.panoptic_fpn import PanopticFPN, SemanticBranch
 
 NormLayer = Callable[[int], nn.Module]
 
-DEPTHS = (18, 34, 50, 101)
 LEVELS = ["0", "1", "2", "3"]  # of the FPN, one for each stage of the ResNet; "pool" follows
 _OTHER_NORMS: dict[str, NormLayer] = {
     "GN": partial(nn.GroupNorm, 32),
@@ -57,6 +57,8 @@ def fasterrcnn_resnet_fpn(
     depth: int = 50,
     norm: str = "GN_PRACTICAL",
     weight_standardization: bool = False,
+    stride_in_1x1: bool = False,
+    weights_backbone: str = "",
     num_classes: int = 91,
     stages: int = 4,
     channels: int = 256,
@@ -64,13 +66,16 @@ def fasterrcnn_resnet_fpn(
     fc_channels: int = 1024,
     **kwargs: Any,
 ) -> FasterRCNN:
-    """Faster R-CNN with a ResNet-FPN backbone of random weights and the 4conv1fc box head.
+    """Faster R-CNN with a ResNet-FPN backbone and the 4conv1fc box head.
 
     Args:
         depth: That of the ResNet: 18, 34, 50 or 101.
         norm: The norm of all parts: "GN_PRACTICAL", "GN_CLOSEST", "GN_EXACT", "GN_MEASURED",
-            "GN_<k>", "GN" (32 groups), "BN", "SyncBN" or "FrozenBN".
+            "GN_<k>", "GN_UPTO_<k>", "GN_CPG_<n>", "GN" (32 groups), "BN", "SyncBN" or "FrozenBN".
         weight_standardization: Standardize the convolutions of backbone, FPN and box head.
+        stride_in_1x1: Let bottlenecks stride in their first convolution, as MSRA's weights do.
+        weights_backbone: A file to take the ResNet's weights from (see ``runs.pretrained``); "":
+            random ones. If its norms are others, a warning says so: see ``match_norms``.
         num_classes: The number of classes and 1 for the background, as torchvision counts.
         stages: How many of the ResNet's four stages there are.
         channels: The width of the FPN and of the heads' convolutions.
@@ -86,10 +91,10 @@ def fasterrcnn_resnet_fpn(
         raise ValueError(f"num_classes counts the background: at least 2, but got {num_classes}")
     _check_arguments(kwargs, FasterRCNN)
     norms = norm_layer(norm)
-    backbone = _backbone(depth, norms, stages, channels)
+    backbone = _backbone(depth, norms, stages, channels, stride_in_1x1)
     parts = _box_parts(norms, stages, channels, box_convs, fc_channels, num_classes)
     model = FasterRCNN(backbone, **parts | kwargs)
-    return _standardized(model) if weight_standardization else model
+    return _finished(model, weight_standardization, weights_backbone)
 
 
 def panoptic_fpn_resnet(
@@ -97,6 +102,8 @@ def panoptic_fpn_resnet(
     depth: int = 50,
     norm: str = "GN_PRACTICAL",
     weight_standardization: bool = False,
+    stride_in_1x1: bool = False,
+    weights_backbone: str = "",
     num_things: int = 80,
     num_stuff: int = 53,
     stages: int = 4,
@@ -107,11 +114,11 @@ def panoptic_fpn_resnet(
     semantic_channels: int = 128,
     **kwargs: Any,
 ) -> PanopticFPN:
-    """Panoptic FPN with a ResNet-FPN backbone of random weights: see :class:`PanopticFPN`.
+    """Panoptic FPN with a ResNet-FPN backbone: see :class:`PanopticFPN`.
 
     Args:
-        depth, norm, weight_standardization, stages, channels, box_convs, fc_channels: As in
-            :func:`fasterrcnn_resnet_fpn`.
+        depth, norm, weight_standardization, stride_in_1x1, weights_backbone, stages, channels,
+            box_convs, fc_channels: As in :func:`fasterrcnn_resnet_fpn`.
         num_things, num_stuff: The numbers of classes, by default COCO's.
         mask_convs: The number of convolutions in the mask head.
         semantic_channels: The width of the semantic branch.
@@ -128,7 +135,7 @@ def panoptic_fpn_resnet(
         )
     _check_arguments(kwargs, MaskRCNN, PanopticFPN)
     levels, norms = LEVELS[:stages], norm_layer(norm)
-    backbone = _backbone(depth, norms, stages, channels)
+    backbone = _backbone(depth, norms, stages, channels, stride_in_1x1)
     parts = _box_parts(norms, stages, channels, box_convs, fc_channels, num_things + 1) | {
         "mask_roi_pool": MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2),
         "mask_head": MaskRCNNHeads(channels, [channels] * mask_convs, 1, norms),
@@ -136,15 +143,20 @@ def panoptic_fpn_resnet(
     }
     branch = SemanticBranch(levels, channels, semantic_channels, num_stuff + 1, norms)
     model = PanopticFPN(backbone, semantic_branch=branch, **parts | kwargs)
-    return _standardized(model) if weight_standardization else model
+    return _finished(model, weight_standardization, weights_backbone)
 
 
-def _backbone(depth: int, norms: NormLayer, stages: int, channels: int) -> BackboneWithFPN:
+def _backbone(
+    depth: int, norms: NormLayer, stages: int, channels: int, stride_in_1x1: bool
+) -> BackboneWithFPN:
     if depth not in DEPTHS:
         raise ValueError(f"depth must be one of {DEPTHS}, got {depth!r}")
     if stages not in (1, 2, 3, 4):
         raise ValueError(f"stages must be 1 to 4, got {stages!r}")
     body = getattr(resnet, f"resnet{depth}")(weights=None, norm_layer=norms)
+    for block in body.modules():
+        if stride_in_1x1 and isinstance(block, resnet.Bottleneck):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
     widths = [body.inplanes >> shift for shift in (3, 2, 1, 0)][:stages]
     layers = {f"layer{i + 1}": level for i, level in enumerate(LEVELS[:stages])}
     return BackboneWithFPN(body, layers, widths, channels, norm_layer=norms)
@@ -173,6 +185,9 @@ def _check_arguments(kwargs: dict[str, Any], *classes: type) -> None:
         raise TypeError(f"unknown argument {name!r}{hint}")
 
 
-def _standardized(model: Any) -> Any:
-    apply_weight_standardization(model, ["backbone", "roi_heads.box_head"])
+def _finished(model: Any, weight_standardization: bool, weights_backbone: str) -> Any:
+    if weight_standardization:
+        apply_weight_standardization(model, ["backbone", "roi_heads.box_head"])
+    if weights_backbone:
+        TorchvisionCheckpointer(model, mismatch="warn").load_backbone(weights_backbone)
     return model

@@ -6,11 +6,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gnpractical.runs.checkpointer import GroupCheckpointer
 from gnpractical.runs.group_record import GroupRecord
+from gnpractical.runs.pretrained import PretrainedResNet, strides_in_1x1
 from gnpractical.tv.distributed import all_gather
 
 logger = logging.getLogger(__name__)
+
+DEPTHS = (18, 34, 50, 101)  # of the ResNets that the builders know
 
 
 class TorchvisionCheckpointer(GroupCheckpointer):
@@ -18,17 +23,46 @@ class TorchvisionCheckpointer(GroupCheckpointer):
 
     _needs_all = False  # whether every parameter of the model has to be in the file
 
+    load_anyway = "--checkpoint-mismatch warn"
+
     def advice(self, differing: list[str], record: GroupRecord) -> str:
         norms = sorted({record[name]["norm"] for name in differing})
         standardized = any(record[name]["weight_standardized"] for name in differing)
         return (
             f"The file's norms there are {', '.join(norms)}, with{'' if standardized else 'out'} "
-            f"weight standardization: choose --norm and --weight-standardization to match, or load "
-            f"it all the same with --checkpoint-mismatch warn."
+            f"weight standardization: choose --norm and --weight-standardization to match, or "
+            f"carry its weights over at the start of training with --match-batches 2"
         )
 
-    def start(self, weights: str, resume: bool) -> int:
-        """Load the last checkpoint if ``resume`` and there is one, else ``weights``, if any.
+    def resnet_advice(self, resnet: PretrainedResNet) -> str:
+        if resnet.num_groups > 1 or resnet.depth not in DEPTHS:
+            return f"weights of a ResNet of depth {', '.join(map(str, DEPTHS))}"
+        return f"--depth {resnet.depth}"
+
+    def prepared(self, resnet: PretrainedResNet) -> tuple[PretrainedResNet, list[str]]:
+        resnet, changes = resnet.for_rgb(), []
+        transform = self.model.transform
+        for name in ("mean", "std"):
+            own = torch.tensor(getattr(transform, f"image_{name}"))
+            other = torch.tensor(getattr(resnet, f"pixel_{name}")) / 255
+            if not torch.allclose(own, other, rtol=0.02):
+                changes.append(f"image_{name}={[round(x, 3) for x in other.tolist()]}")
+        if strides_in_1x1(self.model) not in (None, resnet.stride_in_1x1):
+            changes.append("--stride-in-1x1, on or off")
+        return resnet, changes
+
+    def load_backbone(self, path: str) -> None:
+        """Load the ResNet of a file, and nothing else of it.
+
+        Raises:
+            ValueError: There is none. And as ``load``.
+        """
+        self._backbone_only = True
+        self.load(path, checkpointables=[])
+        self._backbone_only = False
+
+    def start(self, weights: str, weights_backbone: str, resume: bool) -> int:
+        """Load the last checkpoint if ``resume`` and there is one, else what is given, if any.
 
         Returns:
             The iteration to begin with.
@@ -52,7 +86,10 @@ class TorchvisionCheckpointer(GroupCheckpointer):
                 self.save_dir,
             )
             Path(self.save_dir, "last_checkpoint").unlink()
-        self.load(weights, checkpointables=[])
+        if weights_backbone:
+            self.load_backbone(weights_backbone)
+        else:
+            self.load(weights, checkpointables=[])
         return 0
 
     def load_all(self, path: str, **kwargs: Any) -> dict[str, Any]:

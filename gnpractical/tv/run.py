@@ -26,7 +26,9 @@ HEADLINES = ("bbox/AP", "segm/AP", "panoptic_seg/PQ")  # the scores that are pri
 # The least value of each number among the options.
 _LEAST = dict.fromkeys(("iterations", "batch_size", "checkpoint_period", "max_size"), 1)
 _LEAST |= dict.fromkeys(("calibration_batches", "min_size"), 1)
-_LEAST |= dict.fromkeys(("warmup", "workers", "lr", "weight_decay", "clip_grad_norm"), 0)
+_LEAST |= dict.fromkeys(
+    ("warmup", "match_batches", "workers", "lr", "weight_decay", "clip_grad_norm"), 0
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,9 @@ class RunOptions(TrainingRecipe):
     data_path: str = field(default_factory=datasets_root)
     dataset: str = "coco"
     check_annotations: bool = True
+    stride_in_1x1: bool = False
     weights: str = ""
+    weights_backbone: str = ""
     resume: bool = False
     checkpoint_mismatch: str = "error"
     test_only: bool = False
@@ -66,6 +70,11 @@ def run(options: RunOptions) -> None:
     if not options.test_only:
         train_split = _open(options, "train")
         check_categories(train_split, val)
+        if options.match_batches * options.batch_size > len(train_split):
+            raise ValueError(
+                f"--match-batches {options.match_batches} of --batch-size {options.batch_size} "
+                f"are more than the {len(train_split)} training images; a few dozen are enough"
+            )
     torch.manual_seed(options.seed)
     model = _build(options, val).to(device)
     if options.test_only:
@@ -79,6 +88,7 @@ def run(options: RunOptions) -> None:
             options,
             options.output_dir,
             weights=options.weights,
+            weights_backbone=options.weights_backbone,
             resume=options.resume,
             mismatch=options.checkpoint_mismatch,
         )
@@ -111,6 +121,8 @@ def _check(options: RunOptions) -> None:
         raise ValueError(
             "--test-only needs either --weights FILE, or --resume for the run's last checkpoint"
         )
+    if options.weights and options.weights_backbone:
+        raise ValueError("--weights and --weights-backbone exclude each other: give one of them")
     check_output_dir(options.output_dir, "--output-dir")
 
 
@@ -130,7 +142,7 @@ def _open(options: RunOptions, split: str) -> CocoImages:
 
 
 def _build(options: RunOptions, dataset: CocoImages) -> nn.Module:
-    names = ("depth", "norm", "weight_standardization", "min_size", "max_size")
+    names = ("depth", "norm", "weight_standardization", "stride_in_1x1", "min_size", "max_size")
     arguments = {name: getattr(options, name) for name in names}
     if options.model == "fasterrcnn_resnet_fpn":
         arguments |= quick.faster_rcnn() if options.quick else {}

@@ -26,6 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from gnpractical.layers.pairing import norm_width
 from gnpractical.measure.calibration import measured_norms
 from gnpractical.runs.calibrate_measured import calibrate_measured
+from gnpractical.runs.carry_over import match_loaded
 from gnpractical.runs.device import precision
 from gnpractical.runs.output_dir import write_group_report
 from gnpractical.tv.checkpoint import TorchvisionCheckpointer
@@ -55,6 +56,7 @@ class TrainingRecipe:
     clip_grad_norm: float = 0.0
     checkpoint_period: int = 5000
     calibration_batches: int = 2
+    match_batches: int = 0
     workers: int = 2
     seed: int = 0
     amp: bool = False
@@ -67,17 +69,20 @@ def train(
     output_dir: str,
     *,
     weights: str = "",
+    weights_backbone: str = "",
     resume: bool = False,
     mismatch: str = "error",
 ) -> None:
     """Train ``model`` in this and the other processes, and leave checkpoints in ``output_dir``.
 
-    Calibrates GN_MEASURED norms and writes ``groups.json`` before the first step. Every 20
+    Before the first step calibrates GN_MEASURED norms, matches norms that begin with the weights of
+    other norms if the recipe says so, and writes ``groups.json``. Every 20
     iterations the log, ``metrics.json`` and TensorBoard's events get a line.
 
     Args:
         model: Takes images and targets and gives a dict of losses. It is on its device.
         weights: A checkpoint to begin with, "" for none.
+        weights_backbone: A file to take the backbone's weights from (see ``runs.pretrained``).
         resume: Go on from the last checkpoint in ``output_dir``, if there is one.
         mismatch: What other group counts in a checkpoint do, as in ``GroupCheckpointer``.
 
@@ -92,11 +97,12 @@ def train(
         model,
         output_dir,
         mismatch=mismatch,
+        match=recipe.match_batches > 0,
         save_to_disk=rank() == 0,
         optimizer=optimizer,
         **({"scaler": scaler} if scaler.is_enabled() else {}),
     )
-    first = checkpointer.start(weights, resume)
+    first = checkpointer.start(weights, weights_backbone, resume)
     for group in optimizer.param_groups:  # those of a resumed run came from its checkpoint
         group["weight_decay"] = recipe.weight_decay if group["decays"] else 0.0
     saver = PeriodicCheckpointer(checkpointer, recipe.checkpoint_period, recipe.iterations)
@@ -106,6 +112,10 @@ def train(
     if measured_norms(model):
         few = list(itertools.islice(batches, recipe.calibration_batches))
         calibrate_measured(model, few, lambda m, batch: sum(m(*_to(batch, device)).values()))
+        batches = itertools.chain(few, batches)
+    if checkpointer.other_norms.record and recipe.match_batches:
+        few = list(itertools.islice(batches, recipe.match_batches))
+        match_loaded(model, checkpointer.other_norms, few, lambda m, b: m(_to(b, device)[0]))
         batches = itertools.chain(few, batches)
     if rank() == 0:
         write_group_report(model, output_dir)

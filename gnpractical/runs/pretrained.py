@@ -1,0 +1,294 @@
+"""ImageNet weights of ResNets as others published them, whatever their files call the tensors.
+
+Every tensor, of a file as of a model, has a name in torchvision's ResNet, such as
+``layer1.0.conv1.weight``; its norms are called ``bn1`` there, GroupNorms too. By that name weights
+of any origin find their place. The rest, which their shapes do not say, is known of each origin:
+norms, weight standardization, strides and what images they expect.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gnpractical.runs.group_record import GroupRecord
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB, 0 to 1
+_DEPTHS: dict[tuple[bool, tuple[int, ...]], int] = {
+    (False, (2, 2, 2, 2)): 18,
+    (False, (3, 4, 6, 3)): 34,
+    (True, (3, 4, 6, 3)): 50,
+    (True, (3, 4, 23, 3)): 101,
+    (True, (3, 8, 36, 3)): 152,
+}
+_ENDS = "weight|bias|running_mean|running_var|num_batches_tracked"
+_TORCHVISION = re.compile(
+    r"(?:(?:module|backbone|body)\.)*((?:layer[1-4]\.\d+\.)?)"
+    rf"(?:(conv[123]|downsample\.[01])|(?:bn|gn|norm)([123]))\.({_ENDS})"
+)
+_DETECTRON2 = re.compile(
+    rf"(?:.*\.)?(?:stem\.(conv1)|res([2-5])\.(\d+)\.(conv[123]|shortcut))(\.norm)?\.({_ENDS})"
+)
+_CAFFE2 = re.compile(
+    r"(?:(?:res_)?(conv1)|res([2-5])_(\d+)_branch(1|2a|2b|2c))(_[bg]n)?_(w|b|s|rm|riv)"
+)
+_CAFFE2_LAYERS = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}
+_CAFFE2_ENDS = {
+    "w": "weight",
+    "s": "weight",
+    "b": "bias",
+    "rm": "running_mean",
+    "riv": "running_var",
+}
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def torchvision_name(key: str) -> str | None:
+    """What torchvision's ResNet calls a tensor of a file or a model; None if it has no such."""
+    if match := _TORCHVISION.fullmatch(key):
+        block, layer, norm, end = match.groups()
+        return f"{block}{layer or f'bn{norm}'}.{end}"
+    if match := _DETECTRON2.fullmatch(key):
+        stem, stage, block, layer, norm, end = match.groups()
+    elif match := _CAFFE2.fullmatch(key):
+        stem, stage, block, branch, norm, end = match.groups()
+        layer, end = _CAFFE2_LAYERS.get(branch, ""), _CAFFE2_ENDS[end]
+    else:
+        return None
+    layer = stem or layer or ""
+    if layer == "shortcut":
+        layer = "downsample.1" if norm else "downsample.0"
+    elif norm:
+        layer = layer.replace("conv", "bn")
+    return f"{layer}.{end}" if stem else f"layer{int(stage) - 1}.{block}.{layer}.{end}"
+
+
+@dataclass(frozen=True)
+class PretrainedResNet:
+    """A ResNet's weights, and what is known of it.
+
+    Attributes:
+        tensors: By torchvision's names.
+        record: Of each norm, by torchvision's name, what checkpoints record of it. A
+            "FrozenBatchNorm2d" has its statistics in weight and bias.
+        other: The file's keys that belong to no ResNet, such as a classifier's.
+        stride_in_1x1: Whether bottlenecks stride in their first convolution, as MSRA's do.
+        bgr: Whether the channels of its images are blue, green, red.
+        pixel_mean, pixel_std: What is subtracted from pixels of 0 to 255, and what they are then
+            divided by, in the order of its channels.
+    """
+
+    tensors: dict[str, Tensor]
+    record: GroupRecord
+    other: tuple[str, ...]
+    stride_in_1x1: bool
+    bgr: bool
+    pixel_mean: tuple[float, ...]
+    pixel_std: tuple[float, ...]
+
+    @property
+    def depth(self) -> int | None:
+        """Its number of weight layers; None for an arrangement that has no name."""
+        blocks = {".".join(name.split(".")[:2]) for name in self.tensors}
+        counts = tuple(sum(b.startswith(f"layer{i}.") for b in blocks) for i in (1, 2, 3, 4))
+        return _DEPTHS.get(("layer1.0.conv3.weight" in self.tensors, counts))
+
+    @property
+    def num_groups(self) -> int:
+        """How many groups the 3x3 convolutions have: more than 1 in a ResNeXt."""
+        weight = self.tensors["layer1.0.conv2.weight"]
+        return weight.shape[0] // weight.shape[1]
+
+    @property
+    def width_per_group(self) -> int:
+        return self.tensors["layer1.0.conv2.weight"].shape[1]
+
+    def __str__(self) -> str:
+        kind = f"ResNet-{self.depth}" if self.depth else "ResNet"
+        if self.num_groups > 1:
+            kind = f"ResNeXt-{self.depth} {self.num_groups}x{self.width_per_group}d"
+        entry = self.record["bn1"]
+        norm = entry["norm"].replace("2d", "").replace("FrozenB", "frozen B")
+        if entry["num_groups"]:
+            counts = {e["num_groups"] for e in self.record.values()}
+            norm = (
+                f"GroupNorm of {counts.pop() if len(counts) == 1 else 'several counts of'} groups"
+            )
+        standardized = " and weight standardization" if entry["weight_standardized"] else ""
+        return f"{kind} with {norm}{standardized}"
+
+    def for_rgb(self) -> PretrainedResNet:
+        """The same function of RGB images with torchvision's mean and deviation, exactly.
+
+        The mean is the same for all; the rest is a matter of the stem's weights.
+        """
+        std = torch.tensor([255 * s for s in IMAGENET_STD])
+        old = torch.tensor(self.pixel_std)
+        weight = self.tensors["conv1.weight"]
+        if self.bgr:
+            weight, old = weight.flip(1), old.flip(0)
+        tensors = self.tensors | {"conv1.weight": weight * (std / old).view(1, 3, 1, 1)}
+        if not self.bgr and torch.allclose(std, old):
+            tensors = self.tensors
+        mean, std_ = ([255 * x for x in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return replace(
+            self, tensors=tensors, bgr=False, pixel_mean=tuple(mean), pixel_std=tuple(std_)
+        )
+
+
+def recognize(weights: Mapping[str, Any], record: GroupRecord) -> PretrainedResNet | None:
+    """The ResNet in a file, or None if its keys are those of none.
+
+    Args:
+        weights: The file's tensors or arrays.
+        record: What the file records of its norms, if this project wrote it; else it is empty.
+
+    Raises:
+        ValueError: It is a ResNet of another structure, such as a pre-activation one.
+    """
+    names = {key: name for key in weights if (name := torchvision_name(key))}
+    if any(key.startswith("backbone.") and _DETECTRON2.fullmatch(key) for key in names):
+        return None  # a whole model of Detectron2's, of which it is not known what images it takes
+    if any(re.search(r"stages\.\d+\.blocks\.\d+\.norm1\.weight$", key) for key in weights):
+        raise ValueError(
+            "it holds a pre-activation ResNet (timm's resnetv2, BiT), whose norms stand before "
+            "their convolutions: no backbone here has this structure. Take weights of a ResNet "
+            "whose norms follow them, such as resnet50_gn"
+        )
+    tensors = {name: torch.as_tensor(weights[key]) for key, name in names.items()}
+    # Caffe2's convolutions may have biases of zero.
+    biases = {n for n in tensors if re.search(r"(conv\d|downsample\.0)\.bias$", n)}
+    tensors = {n: tensor for n, tensor in tensors.items() if n not in biases or tensor.any()}
+    if "layer1.0.conv1.weight" not in tensors:
+        return None
+    stray = [k for k in weights if k not in names and re.search(r"(^|\.)(layer|res)\d\.\d+\.", k)]
+    if "conv1.weight" not in tensors or stray:
+        raise ValueError(
+            f"it holds a ResNet with a part that the backbones here lack, such as a stem of three "
+            f"convolutions or attention: {stray[0] if stray else 'conv1.0.weight'!r}. Take the "
+            f"weights of a plain ResNet or ResNeXt"
+        )
+    caffe2 = any(_CAFFE2.fullmatch(key) for key in names)
+    norms = {
+        n.rpartition(".")[0] for n in tensors if re.search(r"(bn\d|downsample\.1)\.weight$", n)
+    }
+    own = {torchvision_name(f"{key}.weight"): entry for key, entry in record.items()}
+    if own.keys() >= {f"{name}.weight" for name in norms}:
+        found = {name: own[f"{name}.weight"] for name in norms}
+    else:
+        found = dict.fromkeys(norms, _published_norm(names, tensors))
+    folded = any(e["norm"] == "FrozenBatchNorm2d" for e in found.values())
+    of_caffe2 = caffe2 or folded
+    rgb = [[255 * x for x in values] for values in (IMAGENET_MEAN, IMAGENET_STD)]
+    resnet = PretrainedResNet(
+        tensors=tensors,
+        record=found,
+        other=tuple(key for key in weights if key not in names),
+        stride_in_1x1=False,
+        bgr=of_caffe2,
+        pixel_mean=tuple(rgb[0][::-1] if of_caffe2 else rgb[0]),
+        pixel_std=tuple(rgb[1]),
+    )
+    if of_caffe2:
+        # MSRA's and the GroupNorm ones are trained on pixels as they are, the ResNeXts not.
+        plain = resnet.num_groups == 1
+        std = (1.0, 1.0, 1.0) if plain else tuple(rgb[1][::-1])
+        resnet = replace(resnet, pixel_std=std, stride_in_1x1=folded and plain)
+    return resnet
+
+
+def place(resnet: PretrainedResNet, model: nn.Module, advice: str) -> dict[str, Tensor]:
+    """Its tensors by the names that they have in ``model``.
+
+    Statistics of a BatchNorm keep a name there even if the model has a GroupNorm.
+
+    Args:
+        advice: How to build a model of its depth and widths, for the error.
+
+    Raises:
+        ValueError: The model has no ResNet, or one of another depth or other widths.
+    """
+    places = {name: key for key in model.state_dict() if (name := torchvision_name(key))}
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    if not places:
+        raise ValueError("it holds a ResNet, and the model has none: choose a ResNet backbone")
+    missing = [n for n in places if n not in resnet.tensors and not n.endswith(_STATISTICS)]
+    differing = [
+        n for n in places if n in resnet.tensors and resnet.tensors[n].shape != shapes[places[n]]
+    ]
+    # Blocks that the model does not have; a model may end before the last stage.
+    stages = {name.split(".")[0] for name in places}
+    surplus = [
+        name
+        for name in resnet.tensors
+        if name not in places and name.split(".")[0] in stages and not name.endswith(_STATISTICS)
+    ]
+    for names, what in ((missing, "missing in the file"), (surplus, "missing in the model")):
+        if names:
+            raise ValueError(
+                f"it holds a {resnet}, not the model's: {len(names)} tensors are {what}, first "
+                f"{names[0]}. Choose {advice}"
+            )
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"it holds a {resnet}, not the model's: {len(differing)} tensors have other shapes, "
+            f"first {name}: {tuple(resnet.tensors[name].shape)} in the file, "
+            f"{tuple(shapes[places[name]])} in the model. Choose {advice}"
+        )
+    paths = {n.rpartition(".")[0]: key.rpartition(".")[0] for n, key in places.items()}
+    return {
+        f"{paths[layer]}.{end}": tensor
+        for name, tensor in resnet.tensors.items()
+        for layer, _, end in [name.rpartition(".")]
+        if layer in paths
+    }
+
+
+def strides_in_1x1(model: nn.Module) -> bool | None:
+    """Whether the bottlenecks of the model's ResNet stride in their first convolution; None if it
+    has none that strides."""
+    strides = {
+        name: module.stride
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and (name := torchvision_name(f"{path}.weight"))
+    }
+    if "layer2.0.conv3.weight" not in strides:
+        return None
+    return strides["layer2.0.conv1.weight"] != (1, 1)
+
+
+def _published_norm(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the norms of a file without a record are, by its keys."""
+    if "bn1.running_mean" in tensors and not _is_neutral(tensors):
+        return {"num_groups": None, "norm": "BatchNorm2d", "weight_standardized": False}
+    if "bn1.running_mean" in tensors or any("_bn_" in key for key in names):
+        return {"num_groups": None, "norm": "FrozenBatchNorm2d", "weight_standardized": False}
+    # All that are published have 32.
+    standardized = _looks_standardized(tensors)
+    return {"num_groups": 32, "norm": "GN", "weight_standardized": standardized}
+
+
+def _is_neutral(tensors: Mapping[str, Tensor]) -> bool:
+    mean, variance = tensors["bn1.running_mean"], tensors["bn1.running_var"]
+    return bool((mean == 0).all() and torch.allclose(variance, variance.new_ones(()), atol=1e-4))
+
+
+def _looks_standardized(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the filters' means are nothing beside their deviations.
+
+    Under weight standardization the mean of a filter gets no gradient, and weight decay brings it
+    to zero. Other filters of n values have means of 1/sqrt(n) deviations or more.
+    """
+    shares = []
+    for tensor in tensors.values():
+        if tensor.dim() == 4:
+            filters = tensor.flatten(1).double()
+            n = filters.shape[1]
+            shares.append(float((n * filters.mean(1) ** 2 / filters.var(1)).mean()))
+    return sorted(shares)[len(shares) // 2] < 0.05
