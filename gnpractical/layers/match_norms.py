@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gnpractical.layers.group_norm import PracticalGroupNorm
 from gnpractical.layers.pairing import norm_width
 from gnpractical.layers.unchanged import unchanged
 
@@ -171,6 +172,8 @@ class _Matcher:
     ) -> None:
         self._name, self._norm = name, norm
         self._seen = _ChannelStatistics()
+        # Others, such as timm's, may apply an activation, too.
+        self._plain = type(norm) in (nn.GroupNorm, PracticalGroupNorm)
         if norm.affine:
             self._before = norm.weight.detach().clone(), norm.bias.detach().clone()
             weight, bias = (t.double() for t in self._before)
@@ -186,11 +189,11 @@ class _Matcher:
 
     def begin(self) -> None:
         """Let the norm give what it normalizes, so that it need not be computed twice."""
-        if self._norm.affine:
+        if self._norm.affine and self._plain:
             self._set(*(torch.full_like(t, v) for t, v in zip(self._before, (1, 0), strict=True)))
 
     def match(self, norm: nn.GroupNorm, args: tuple, output: Tensor) -> Tensor:
-        if not norm.affine or not output.numel():
+        if not norm.affine or not self._plain or not output.numel():
             return output
         self._seen.add(output)
         weight, bias = self._matched()
@@ -200,7 +203,9 @@ class _Matcher:
     def finish(self) -> MatchedNorm:
         """Set what was found, or what was before if nothing was."""
         reason, channels = "", self._norm.num_channels
-        if not self._norm.affine:
+        if not self._plain:
+            reason = f"a {type(self._norm).__name__} does more than normalize: convert it first"
+        elif not self._norm.affine:
             reason = "it has no weight and bias"
         elif not self._seen.count:
             reason = "it did not run"
