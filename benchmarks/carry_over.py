@@ -130,12 +130,13 @@ def main(args):
                 rows.append({"weights": weights, "rule": str(rule)} | row)
                 write_text(args.output, json.dumps(rows, indent=1))
                 print(rows[-1], flush=True)
+    rows = json.loads(args.output.read_text())
     names = [k for k in rows[-1] if k not in ("weights", "rule") and "rate" not in k]
     table = []
     for rule in ["BN", *map(str, RULES)]:
-        held = [row for row in json.loads(args.output.read_text()) if row["rule"] == rule]
+        held = [row for row in rows if row["rule"] == rule]
         cells = []
-        for name in map(str, names):
+        for name in names:
             values = [row[name] for row in held if name in row]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             cells.append(f"{statistics.fmean(values):.1f} ± {spread:.1f}" if values else "-")

@@ -10,6 +10,7 @@ import torch
 
 from gnpractical import group_report
 from gnpractical.datasets.coco_files import split_files
+from gnpractical.runs.carry_over import match_loaded
 from gnpractical.runs.group_record import RECORD_KEY, GroupMismatch
 from gnpractical.tv.checkpoint import TorchvisionCheckpointer
 from gnpractical.tv.datasets import CocoImages
@@ -82,6 +83,45 @@ def test_measured_counts_are_kept(tiny_panoptic, dataset, tmp_path, monkeypatch)
     monkeypatch.setattr("gnpractical.runs.calibrate_measured.calibrate", None)
     train(tiny_panoptic(norm="GN_MEASURED"), dataset, recipe(3), str(tmp_path), resume=True)
     assert groups_of(tmp_path) == groups
+
+
+def test_batch_norms_weights_are_matched(tiny_panoptic, dataset, tmp_path, caplog):
+    caplog.set_level("INFO")
+    train(tiny_panoptic(norm="BN"), dataset, recipe(1), str(tmp_path))
+    path = str(tmp_path / "model_final.pth")
+    model = tiny_panoptic()
+    before = model.backbone.body.bn1.weight.clone()
+    for name in ("kept", "matched"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(GroupMismatch, match="BatchNorm2d, .*--match-batches 2"):
+        train(model, dataset, recipe(1), str(tmp_path / "kept"), weights=path)
+    assert torch.equal(model.backbone.body.bn1.weight, before)
+    train(model, dataset, recipe(1, match_batches=2), str(tmp_path / "matched"), weights=path)
+    assert "GroupNorms that begin with the weights of other norms" in caplog.text
+    rows = json.loads((tmp_path / "matched" / "groups.json").read_text())
+    assert all(row["matched_from"] == "BatchNorm2d" for row in rows if "backbone" in row["name"])
+    assert not torch.equal(model.backbone.body.bn1.weight, before)
+
+
+def test_other_counts_are_matched_to_what_they_gave(tiny_panoptic, dataset, tmp_path):
+    torch.manual_seed(0)
+    original = tiny_panoptic(norm="GN_4")
+    TorchvisionCheckpointer(original, str(tmp_path)).save("four")
+    model = tiny_panoptic(norm="GN_1", weight_standardization=True)
+    checkpointer = TorchvisionCheckpointer(model, match=True)
+    checkpointer.load(str(tmp_path / "four.pth"), checkpointables=[])
+    batch = [dataset[0][0], dataset[1][0]]
+    match_loaded(model, checkpointer.other_norms, [batch])
+    seen = {}
+    for name, net in (("four", original), ("one", model)):
+        net.backbone.body.bn1.register_forward_hook(
+            lambda _, args, output, name=name: seen.update({name: output.clone()})
+        )
+        with torch.no_grad():
+            net.eval()(batch)
+    for moment in (torch.mean, torch.std):
+        expected, actual = (moment(seen[name], (0, 2, 3)) for name in ("four", "one"))
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_other_group_counts_are_refused(tiny_panoptic, dataset, tmp_path, caplog):
