@@ -204,7 +204,8 @@ class _Matcher:
         """Set what was found, or what was before if nothing was."""
         reason, channels = "", self._norm.num_channels
         if not self._plain:
-            reason = f"a {type(self._norm).__name__} does more than normalize: convert it first"
+            kind = type(self._norm).__name__
+            reason = f"its class, {kind}, does more than normalize: convert it first"
         elif not self._norm.affine:
             reason = "it has no weight and bias"
         elif not self._seen.count:

@@ -8,13 +8,14 @@ import pytest
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
-from torchvision.models import resnet18
+from torchvision.models import resnet18, resnet50
 
 from gnpractical.d2 import load_config
 from gnpractical.d2.checkpoint import GNPCheckpointer
 from gnpractical.d2.trainer import Trainer
 from gnpractical.runs.group_record import RECORD_KEY, GroupMismatch
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 RGB = ["MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53], "MODEL.PIXEL_STD", [58.395, 57.12, 57.375]]
 
 
@@ -81,11 +82,33 @@ def test_other_images_are_an_error_that_names_the_keys(tiny_cfg, weights):
 
 
 def test_another_depth_is_an_error_that_names_the_key(tiny_cfg, weights):
-    cfg = load_config("configs/pfpn_gnp_full_pretrained.yaml", ["MODEL.DEVICE", "cpu"])
+    cfg = load_config(f"{CONFIGS}/pfpn_gnp_full_pretrained.yaml", ["MODEL.DEVICE", "cpu"])
     with pytest.raises(
         ValueError, match="ResNet-18 with BatchNorm.* Choose MODEL.RESNETS.DEPTH 18"
     ):
         GNPCheckpointer(Trainer.build_model(cfg)).load(weights)
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn_gn32_ws", "pfpn_gnp_full"])
+def test_the_pretrained_configs_fit_torchvisions_weights(tmp_path, name):
+    model = resnet50()
+    model.bn1.running_mean.fill_(1)
+    torch.save(model.state_dict(), tmp_path / "r50.pth")
+    cfg = load_config(f"{CONFIGS}/{name}_pretrained.yaml", ["MODEL.DEVICE", "cpu"])
+    assert cfg.MODEL.GNP.MATCH_BATCHES == 2
+    checkpointer = GNPCheckpointer(Trainer.build_model(cfg), match=True)
+    checkpointer.load(str(tmp_path / "r50.pth"), checkpointables=[])
+    assert len(checkpointer.other_norms.record) == 53 and checkpointer.other_norms.tell_their_output
+
+
+def test_the_jhu_config_fits_jhus_weights(tmp_path):
+    state = resnet50(norm_layer=lambda channels: torch.nn.GroupNorm(32, channels)).state_dict()
+    state = {k: v - v.mean((1, 2, 3), True) if v.dim() == 4 else v for k, v in state.items()}
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "ws.pth")
+    cfg = load_config(f"{CONFIGS}/faster_rcnn_gnp_ws_jhu.yaml", ["MODEL.DEVICE", "cpu"])
+    checkpointer = GNPCheckpointer(Trainer.build_model(cfg))
+    checkpointer.load(str(tmp_path / "ws.pth"), checkpointables=[])
+    assert not checkpointer.other_norms.record
 
 
 def test_more_batches_than_images(tiny_cfg, weights):

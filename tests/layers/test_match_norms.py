@@ -211,3 +211,31 @@ def test_bad_input(trained):
         match_norms(model, [images(8)[0]], targets=wrong)
     with pytest.raises(ValueError, match="Linear has no norm to measure"):
         norm_targets(nn.Linear(2, 2), [torch.randn(2, 2)])
+
+
+class Activated(nn.GroupNorm):
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+def test_norms_that_do_more_are_left_alone():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), Activated(2, 8), nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8)
+    )
+    x = torch.randn(2, 3, 6, 6)
+    before = model[1].weight.detach().clone()
+    rows = match_norms(model, [x])
+    assert (
+        rows[0].skipped_reason == "its class, Activated, does more than normalize: convert it first"
+    )
+    assert torch.equal(model[1].weight, before) and not rows[1].skipped_reason
+
+
+def test_only_the_norms_that_are_named():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1), nn.GroupNorm(2, 8)
+    )
+    before = model[1].weight.detach().clone()
+    (row,) = match_norms(model, [torch.randn(2, 3, 6, 6)], only=["3"])
+    assert row.name == "3" and torch.equal(model[1].weight, before)
+    assert not torch.equal(model[3].weight, torch.ones(8))

@@ -1,6 +1,7 @@
 """Every published format into both frameworks, by a mapping of the test's own."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from gnpractical.runs.pretrained import recognize, torchvision_name
 from gnpractical.tv import fasterrcnn_resnet_fpn
 from gnpractical.tv.checkpoint import TorchvisionCheckpointer
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = {"num_classes": 3, "channels": 32, "box_convs": 1, "fc_channels": 32}
 
 
@@ -164,7 +166,7 @@ def test_into_detectron2(name, sources, tmp_path):
     if not name.endswith(".pkl"):
         options += ["INPUT.FORMAT", "RGB", "MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53]]
         options += ["MODEL.PIXEL_STD", [58.395, 57.12, 57.375]]
-    model = build_model(load_config("configs/Base-RCNN-FPN.yaml", options))
+    model = build_model(load_config(f"{CONFIGS}/Base-RCNN-FPN.yaml", options))
     GNPCheckpointer(model).load(path, checkpointables=[])
     loaded = model.backbone.bottom_up.state_dict()
     for key, tensor in compared(name, sources[kind]).items():
