@@ -32,8 +32,8 @@ def parse_args():
     add("--depth", type=int, choices=DEPTHS, help="of the ResNet")
     add("--norm", help=f"{', '.join(norm_names())}, GN, BN, FrozenBN, or SyncBN (on GPUs)")
     add("--weight-standardization", action="store_true", help="in backbone, FPN and box head")
-    quick_help = "small models on the embedded shapes, in minutes; sets the defaults of the rest"
     add("--stride-in-1x1", action="store_true", help="where bottlenecks stride, as MSRA's ResNets")
+    quick_help = "small models on the embedded shapes, in minutes; sets the defaults of the rest"
     add("--quick", action="store_true", help=quick_help)
     add("--data-path", metavar="DIR", help="folder of data sets: $DETECTRON2_DATASETS if set")
     add("--dataset", metavar="NAME", help="its folder in --data-path")

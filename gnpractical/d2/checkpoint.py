@@ -57,6 +57,10 @@ class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
             state = self._torch_load(filename)["model_state"]
             weights = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
             return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+        if not filename.endswith((".pkl", ".safetensors")):
+            loaded = DetectionCheckpointer._load_file(self, filename)  # knows the path's options
+            loaded["model"] = loaded["model"].get("state_dict", loaded["model"])
+            return loaded
         loaded = super()._read(filename)
         if filename.endswith(".pkl") and "__author__" not in loaded:
             weights = {k: v for k, v in loaded["model"].items() if not k.endswith("_momentum")}

@@ -58,8 +58,10 @@ class TorchvisionCheckpointer(GroupCheckpointer):
             ValueError: There is none. And as ``load``.
         """
         self._backbone_only = True
-        self.load(path, checkpointables=[])
-        self._backbone_only = False
+        try:
+            self.load(path, checkpointables=[])
+        finally:
+            self._backbone_only = False
 
     def start(self, weights: str, weights_backbone: str, resume: bool) -> int:
         """Load the last checkpoint if ``resume`` and there is one, else what is given, if any.

@@ -271,3 +271,13 @@ def test_numpy_scalars_are_admitted(tmp_path):
     data = {"model": state, "__author__": "zoo", "epoch": np.float32(3)}
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(data))
     GNPCheckpointer(Model()).load(str(tmp_path / "a.pkl"))
+
+
+def test_detectron2s_options_behind_a_question_mark(tmp_path):
+    saved, other = Model(), Model()
+    weights = {key.removeprefix("backbone."): v for key, v in saved.state_dict().items()}
+    torch.save(weights, tmp_path / "renamed.pth")
+    GNPCheckpointer(other).load(f"{tmp_path}/renamed.pth?matching_heuristics=True")
+    assert same(saved, other)
+    with pytest.raises(ValueError, match="query"):
+        GNPCheckpointer(other).load(f"{tmp_path}/renamed.pth?matching=True")
