@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from gnpractical.runs.group_record import GroupRecord
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # RGB, 0 to 1
+# Torchvision's, of RGB pixels from 0 to 255.
+_MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 _DEPTHS: dict[tuple[bool, tuple[int, ...]], int] = {
     (False, (2, 2, 2, 2)): 18,
     (False, (3, 4, 6, 3)): 34,
@@ -127,18 +128,12 @@ class PretrainedResNet:
 
         The mean is the same for all; the rest is a matter of the stem's weights.
         """
-        std = torch.tensor([255 * s for s in IMAGENET_STD])
-        old = torch.tensor(self.pixel_std)
-        weight = self.tensors["conv1.weight"]
-        if self.bgr:
-            weight, old = weight.flip(1), old.flip(0)
-        tensors = self.tensors | {"conv1.weight": weight * (std / old).view(1, 3, 1, 1)}
-        if not self.bgr and torch.allclose(std, old):
-            tensors = self.tensors
-        mean, std_ = ([255 * x for x in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
-        return replace(
-            self, tensors=tensors, bgr=False, pixel_mean=tuple(mean), pixel_std=tuple(std_)
-        )
+        if not self.bgr:
+            return self
+        scale = torch.tensor(_STD) / torch.tensor(self.pixel_std[::-1])
+        weight = self.tensors["conv1.weight"].flip(1) * scale.view(1, 3, 1, 1)
+        tensors = self.tensors | {"conv1.weight": weight}
+        return replace(self, tensors=tensors, bgr=False, pixel_mean=_MEAN, pixel_std=_STD)
 
 
 def recognize(weights: Mapping[str, Any], record: GroupRecord) -> PretrainedResNet | None:
@@ -183,23 +178,19 @@ def recognize(weights: Mapping[str, Any], record: GroupRecord) -> PretrainedResN
     else:
         found = dict.fromkeys(norms, _published_norm(names, tensors))
     folded = any(e["norm"] == "FrozenBatchNorm2d" for e in found.values())
-    of_caffe2 = caffe2 or folded
-    rgb = [[255 * x for x in values] for values in (IMAGENET_MEAN, IMAGENET_STD)]
-    resnet = PretrainedResNet(
-        tensors=tensors,
-        record=found,
-        other=tuple(key for key in weights if key not in names),
-        stride_in_1x1=False,
-        bgr=of_caffe2,
-        pixel_mean=tuple(rgb[0][::-1] if of_caffe2 else rgb[0]),
-        pixel_std=tuple(rgb[1]),
+    other = tuple(key for key in weights if key not in names)
+    resnet = PretrainedResNet(tensors, found, other, False, False, _MEAN, _STD)
+    if not (caffe2 or folded):
+        return resnet
+    # MSRA's and the GroupNorm ones are trained on pixels as they are, the ResNeXts not.
+    plain = resnet.num_groups == 1
+    return replace(
+        resnet,
+        stride_in_1x1=folded and plain,
+        bgr=True,
+        pixel_mean=_MEAN[::-1],
+        pixel_std=(1.0, 1.0, 1.0) if plain else _STD[::-1],
     )
-    if of_caffe2:
-        # MSRA's and the GroupNorm ones are trained on pixels as they are, the ResNeXts not.
-        plain = resnet.num_groups == 1
-        std = (1.0, 1.0, 1.0) if plain else tuple(rgb[1][::-1])
-        resnet = replace(resnet, pixel_std=std, stride_in_1x1=folded and plain)
-    return resnet
 
 
 def place(resnet: PretrainedResNet, model: nn.Module, advice: str) -> dict[str, Tensor]:
