@@ -28,7 +28,7 @@ from gnpractical.runs.group_record import (
     take_recorded,
 )
 from gnpractical.runs.output_dir import write_atomically, write_text
-from gnpractical.runs.pretrained import PretrainedResNet, place, recognize, torchvision_name
+from gnpractical.runs.pretrained import PretrainedResNet, place, recognize
 
 logger = logging.getLogger(__name__)
 
@@ -160,18 +160,18 @@ class GroupCheckpointer(Checkpointer):
 
     def _published(self, loaded: dict[str, Any]) -> dict[str, Any] | None:
         """What ``loaded`` holds of a ResNet by the model's names, if it holds one."""
-        weights, record = loaded["model"], loaded.get(RECORD_KEY, {})
+        weights = loaded["model"]
         mine = self.model.state_dict().keys()
         if 2 * len(weights.keys() & mine) > len(weights) and not self._backbone_only:
             return None  # it is the model's own
         try:
-            resnet = recognize(weights, record)
+            resnet = recognize(weights, loaded.get(RECORD_KEY, {}))
             if resnet is None and self._backbone_only:
                 raise ValueError("it holds no ResNet, by the names of its tensors")
             if resnet is None:
                 return None
             described, (resnet, changes) = str(resnet), self.prepared(resnet)
-            tensors = place(resnet, self.model, self.resnet_advice(resnet))
+            tensors, record = place(resnet, self.model, self.resnet_advice(resnet))
         except ValueError as e:
             raise ValueError(f"{self._loading}: {e}") from None
         if changes:
@@ -187,9 +187,6 @@ class GroupCheckpointer(Checkpointer):
             *(self._loading, described, used, len(weights), len(tensors) - used),
             *(len(weights) - len(tensors) - len(resnet.other), len(resnet.other)),
         )
-        places = {name: torchvision_name(name) or "" for name in tensors}
-        layers = {n.rpartition(".")[0]: of.rpartition(".")[0] for n, of in places.items()}
-        record = {n: resnet.record[of] for n, of in layers.items() if of in resnet.record}
         return {"model": tensors, RECORD_KEY: record}
 
     def _torch_load(self, f: str) -> Any:

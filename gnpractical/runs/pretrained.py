@@ -193,8 +193,10 @@ def recognize(weights: Mapping[str, Any], record: GroupRecord) -> PretrainedResN
     )
 
 
-def place(resnet: PretrainedResNet, model: nn.Module, advice: str) -> dict[str, Tensor]:
-    """Its tensors by the names that they have in ``model``.
+def place(
+    resnet: PretrainedResNet, model: nn.Module, advice: str
+) -> tuple[dict[str, Tensor], GroupRecord]:
+    """Its tensors and its record by the names that they have in ``model``.
 
     Statistics of a BatchNorm keep a name there even if the model has a GroupNorm.
 
@@ -233,12 +235,13 @@ def place(resnet: PretrainedResNet, model: nn.Module, advice: str) -> dict[str, 
             f"{tuple(shapes[places[name]])} in the model. Choose {advice}"
         )
     paths = {n.rpartition(".")[0]: key.rpartition(".")[0] for n, key in places.items()}
-    return {
+    tensors = {
         f"{paths[layer]}.{end}": tensor
         for name, tensor in resnet.tensors.items()
         for layer, _, end in [name.rpartition(".")]
         if layer in paths
     }
+    return tensors, {paths[name]: of for name, of in resnet.record.items() if name in paths}
 
 
 def strides_in_1x1(model: nn.Module) -> bool | None:
