@@ -7,6 +7,7 @@ from gnpractical.layers.convert import convert
 from gnpractical.layers.match_norms import match_norms, norm_targets
 from gnpractical.layers.weight_standardization import fold_weight_standardization
 from gnpractical.measure.calibration import calibrate
+from gnpractical.measure.features import feature_statistics
 from gnpractical.measure.gradient_isometry import measure_gradient_variance
 from gnpractical.measure.layer_report import format_report, group_report
 from gnpractical.num_groups import ideal_num_groups, practical_num_groups
@@ -18,6 +19,7 @@ __all__ = [
     "activation_gain",
     "calibrate",
     "convert",
+    "feature_statistics",
     "fold_weight_standardization",
     "format_report",
     "gradient_variance_ratio",

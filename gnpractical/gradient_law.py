@@ -59,6 +59,7 @@ def gradient_variance_ratio(
     check_width("in_channels", in_channels)
     check_num_groups(num_groups, out_channels)
     check_width("stride", stride)
+    check_width("positions", positions)
     if law not in LAWS:
         raise ValueError(f"law must be one of {', '.join(map(repr, LAWS))}; got {law!r}")
     if not (_is_real(gain_ratio) and 0 < gain_ratio < math.inf):
@@ -82,43 +83,56 @@ def norm_factor(channels_per_group: int, mean_share: float = 1.0, positions: int
     3 or fewer channels to a group.
 
     Raises:
-        TypeError, ValueError: As :func:`distinctness_gain`, and ``positions`` below 1.
+        TypeError, ValueError: As :func:`distinctness_gain`.
     """
-    check_width("positions", positions)
-    gain = distinctness_gain(channels_per_group, mean_share)
+    gain = distinctness_gain(channels_per_group, mean_share, positions)
     if math.isinf(gain):
         return gain
     return gain * max(0.0, 1 - 2 / (channels_per_group * positions))
 
 
-def distinctness_gain(channels_per_group: int, mean_share: float) -> float:
-    """A = E[1 / (1 - rho + rho X/n_g)], X chi-squared with n_g - 1 degrees of freedom.
+def distinctness_gain(
+    channels_per_group: int, mean_share: float, positions: float = math.inf
+) -> float:
+    """A = E[1 / ((1 - rho) Y + rho X/n_g)]: by this factor a norm grows gradients' variance.
 
-    By this factor normalization grows the variance of gradients. By the same factor it grows
-    1 - rho, the share of the features' energy that is distinct between positions: behind the norm
-    that is (1 - rho) A.
+    The denominator is the variance that a group is divided by. X is chi-squared with n_g - 1 degrees
+    of freedom, and what lies around the channels' means, Y, with n_g (positions - 1), over as many;
+    it is 1 for many positions. By the same factor normalization then grows 1 - rho, the share of
+    the features' energy that is distinct between positions: it is (1 - rho) A behind the norm.
 
     Args:
         channels_per_group: n_g.
         mean_share: rho, the share of the energy that lies in the channels' means.
+        positions: Over which each channel's mean is taken.
 
     Returns:
-        From 1 at ``mean_share`` 0 to n_g/(n_g - 3) at 1, or infinity for 3 or fewer channels.
+        For many positions from 1 at ``mean_share`` 0 to n_g/(n_g - 3) at 1; infinity where the
+        expectation is.
 
     Raises:
-        TypeError, ValueError: ``channels_per_group`` is no integer of at least 1, or
-            ``mean_share`` is not between 0 and 1.
+        TypeError, ValueError: ``channels_per_group`` or ``positions`` is no integer of at least 1,
+            or ``mean_share`` is not between 0 and 1.
     """
     check_width("channels_per_group", channels_per_group)
+    if positions != math.inf:
+        check_width("positions", positions)  # type: ignore[arg-type]
     if not (_is_real(mean_share) and 0 <= mean_share <= 1):
+        raise ValueError(f"mean_share is a share of energy, between 0 and 1; got {mean_share!r}")
+    if positions == 1 and mean_share != 1:
         raise ValueError(
-            f"mean_share is a share of energy, between 0 and 1; got {mean_share!r}"
+            f"mean_share must be 1 where there is one position, got {mean_share}: give positions"
         )
-    if mean_share == 1 and channels_per_group <= 3:
+    of_means = channels_per_group - 1 if mean_share else 0
+    around = channels_per_group * (positions - 1) if mean_share < 1 else 0
+    if of_means + around <= 2:  # degrees of freedom
         return math.inf
     # 1/x is the integral of exp(-s x), of which the expectation is known.
-    freedom, scale = channels_per_group - 1, mean_share / channels_per_group
-    log_moment = -_S * (1 - mean_share) - freedom / 2 * np.log1p(2 * _S * scale)
+    log_moment = -of_means / 2 * np.log1p(2 * _S * mean_share / channels_per_group)
+    if around == math.inf:
+        log_moment -= _S * (1 - mean_share)
+    elif around:
+        log_moment -= around / 2 * np.log1p(2 * _S * (1 - mean_share) / around)
     return float(_STEP * np.sum(_S * np.exp(log_moment)))
 
 

@@ -48,8 +48,15 @@ def test_limits_of_the_distinctness_gain():
         of_means_alone = channels_per_group / (channels_per_group - 3)
         assert distinctness_gain(channels_per_group, 1) == pytest.approx(of_means_alone, rel=1e-8)
     assert distinctness_gain(3, 1) == norm_factor(2) == math.inf
-    assert norm_factor(1, 0.3) == 0  # a single value is normalized to zero whatever it is
-    assert norm_factor(2, 0.3, positions=64) == pytest.approx(distinctness_gain(2, 0.3) * 63 / 64)
+    assert distinctness_gain(2, 0.3, 10**9) == pytest.approx(distinctness_gain(2, 0.3), rel=1e-8)
+    assert distinctness_gain(1, 0.3, positions=3) == math.inf  # of two degrees of freedom
+
+
+@pytest.mark.parametrize("channels_per_group, positions", [(1, 4), (1, 64), (4, 2), (16, 9)])
+def test_white_noise_is_a_linear_layer_of_all_its_values(channels_per_group, positions):
+    values = channels_per_group * positions
+    factor = norm_factor(channels_per_group, 1 / positions, positions)
+    assert factor == pytest.approx((values - 2) / (values - 3), rel=1e-8)
 
 
 def test_features_become_distinct_by_the_gain():
@@ -78,10 +85,11 @@ def test_law_of_a_convolution():
         ({"mean_share": math.nan}, "between 0 and 1"),
         ({"mean_share": "all"}, "between 0 and 1; got 'all'"),
         ({"positions": 0}, "positions must be at least 1, got 0"),
+        ({"mean_share": 0.5}, "mean_share must be 1 where there is one position, got 0.5"),
         ({"stride": 0}, "stride must be at least 1, got 0"),
         ({"gain_ratio": 0}, "gain_ratio must be positive and finite, got 0"),
         ({"gain_ratio": math.inf}, "gain_ratio must be positive and finite, got inf"),
-        ({"law": "paper", "mean_share": 0.5}, "take law='exact'"),
+        ({"law": "paper", "mean_share": 0.5, "positions": 9}, "take law='exact'"),
     ],
 )
 def test_arguments_out_of_range(arguments, message):

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from gnpractical import calibrate, format_report, group_report
@@ -92,13 +91,11 @@ def main(args):
         ours = row != "BN" and partial(group_norm_from_name, norm_name_of(row))
         return build_classifier(args.arch, ours or nn.BatchNorm2d, num_classes).to(device)
 
-    def loss(model, batch):
-        return F.cross_entropy(model(batch[0].to(device)), batch[1].to(device))
-
     def train(row, seed, checkpoint):
         model = build(row, seed)
         if row == "measured" and not checkpoint.exists():  # else it brings the counts
-            calibrate(model, list(islice(train_batches, CALIBRATION_BATCHES)), loss)
+            few = [images.to(device) for images, _ in islice(train_batches, CALIBRATION_BATCHES)]
+            calibrate(model, few)
             report_groups(model, args.output / f"groups_{row}_{seed}.json")
         done = fit(model, train_batches, test_batches, seed, checkpoint, mixed=on_gpu, **recipe)
         weights = {"model": model.state_dict(), RECORD_KEY: group_record(model)}

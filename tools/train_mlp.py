@@ -17,7 +17,6 @@ from statistics import fmean
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torchvision.datasets import MNIST
 
 from gnpractical import calibrate
@@ -76,13 +75,12 @@ def build(norm):
     return nn.Sequential(nn.Linear(PIXELS, HIDDEN), norm, nn.ReLU(), nn.Linear(HIDDEN, CLASSES))
 
 
-def num_groups_of(row, images, labels):
+def num_groups_of(row, images):
     """Return the G of a row; a measured one is of the first seed's untrained model."""
     torch.manual_seed(0)
     model = build(group_norm_from_name(norm_name_of(row), HIDDEN))
     if row == "measured":
-        batches = list(zip(images[:2048].split(256), labels[:2048].split(256), strict=True))
-        calibrate(model, batches, loss=lambda m, b: F.cross_entropy(m(b[0]), b[1]))
+        calibrate(model, images[:2048].split(256))
     check_num_groups(model[1].num_groups, HIDDEN)
     return model[1].num_groups
 
@@ -112,7 +110,7 @@ def main(args):
     # Rules are other names of the same rows: one G is trained once.
     labels_of = {}
     for row in args.groups:
-        label = labels_of.setdefault(num_groups_of(row, images, labels), [])
+        label = labels_of.setdefault(num_groups_of(row, images), [])
         label += [] if row.isdecimal() else [f"*{row}"]
     names = {str(g): " ".join([str(g), *dict.fromkeys(r)]) for g, r in sorted(labels_of.items())}
 

@@ -87,7 +87,7 @@ class DataFlow(TorchFunctionMode):
         self._order = 0
         self._handles: list[Any] = []
 
-    def at_layer(self, x: Tensor) -> tuple[Tensor, GradientEdge | None]:
+    def at_layer(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, GradientEdge | None]:
         """What a weight layer gets for its input x, and where x's gradient will be found."""
         return x, None
 
@@ -117,7 +117,7 @@ class DataFlow(TorchFunctionMode):
         key, x = _first_tensor(args, kwargs)
         edge = None
         if x is not None:
-            x, edge = self.at_layer(x)
+            x, edge = self.at_layer(layer, x)
             args, kwargs = _with_first(args, kwargs, key, x)
         self._running.append(_Running(name, layer, self._order, edge))
         return args, kwargs

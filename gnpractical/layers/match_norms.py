@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from gnpractical.layers.group_norm import PracticalGroupNorm
 from gnpractical.layers.pairing import norm_width
-from gnpractical.layers.unchanged import unchanged
+from gnpractical.layers.unchanged import Run, run_forward
 
-Run = Callable[[nn.Module, Any], Any]
 Hook = Callable[..., Tensor | None]
 
 # Normalized features deviate by about 1. Channels that deviate by less than this say nothing.
@@ -117,18 +116,20 @@ def _run_with(
     run: Run | None,
     hooks: Mapping[nn.Module, Hook],
 ) -> None:
-    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches must be a list of batches, got {type(batches).__name__}")
     with contextlib.ExitStack() as stack:
         for module, hook in hooks.items():
             stack.callback(module.register_forward_hook(hook).remove)
-        stack.enter_context(unchanged(model, training=False))
-        stack.enter_context(torch.no_grad())
-        batch = None
-        for batch in batches:
-            model(batch) if run is None else run(model, batch)
-        if batch is None:
-            raise ValueError("There are no batches; at least one is required.")
+        run_forward(model, batches, run, training=False)
+
+
+def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (N, C), in float64, over the positions of every channel of x (N, C, *)."""
+    images, channels = x.shape[:2]
+    # Group norm's kernel computes them many times faster on a CPU than torch.var_mean does.
+    eps = 1e-10
+    args = (None, None, images, channels, x.numel() // (images * channels), channels, eps)
+    _, means, rstds = torch.native_group_norm(x.float().contiguous(), *args)
+    return means.double(), rstds.double() ** -2 - eps
 
 
 class _ChannelStatistics:
@@ -139,19 +140,12 @@ class _ChannelStatistics:
         self.mean, self._squares = torch.zeros(()), torch.zeros(())
 
     def add(self, x: Tensor) -> None:
-        images, channels = x.shape[:2]
         if not x.numel():
             return
-        positions = x.numel() // (images * channels)
-        # The moments of every channel of every image: group norm's kernel computes them many times
-        # faster on a CPU than torch.var_mean does.
-        eps = 1e-10
-        args = (None, None, images, channels, positions, channels, eps)
-        _, means, rstds = torch.native_group_norm(x.float().contiguous(), *args)
-        means, variances = means.double(), rstds.double() ** -2 - eps
+        means, variances = channel_moments(x)
         mean = means.mean(0)
         variance = (variances + (means - mean) ** 2).mean(0)
-        count = images * positions
+        count = x.numel() // x.shape[1]
         total = self.count + count
         difference = mean - self.mean.to(mean)
         added = count * (variance + difference**2 * (self.count / total))

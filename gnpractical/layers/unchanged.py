@@ -4,12 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+Run = Callable[[nn.Module, Any], Any]
+
+
+def run_forward(
+    model: nn.Module, batches: Iterable[Any], run: Run | None, *, training: bool
+) -> None:
+    """One forward pass a batch, without gradients, in training or evaluation mode.
+
+    Args:
+        run: ``run(model, batch)`` runs the model. By default ``model(batch)``.
+
+    Raises:
+        TypeError, ValueError: ``batches`` are not a list of batches, or there is none.
+    """
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches must be a list of batches, got {type(batches).__name__}")
+    if run is not None and not callable(run):
+        raise TypeError(f"run must be a function of the model and a batch, got {run!r}")
+    batch = None
+    with unchanged(model, training=training), torch.no_grad():
+        for batch in batches:
+            model(batch) if run is None else run(model, batch)
+    if batch is None:
+        raise ValueError("There are no batches; at least one is required.")
 
 
 @contextlib.contextmanager

@@ -25,11 +25,10 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True)
 class Activation:
-    """The activation that follows a norm directly: what it computes, its name, where it ends."""
+    """The activation that follows a norm directly: its name, and where gradients enter it."""
 
-    function: Callable[[Tensor], Tensor]
     name: str
-    end: GradientEdge
+    end: GradientEdge | None
 
 
 @dataclass
@@ -53,7 +52,7 @@ class _ForwardCall:
 
     @property
     def block_end(self) -> GradientEdge:
-        return self.activation.end if self.activation else self.norm_end
+        return (self.activation and self.activation.end) or self.norm_end
 
 
 @dataclass(frozen=True)
@@ -76,15 +75,14 @@ class BlockCall:
     norm_grad: Tensor
     input_grad: Tensor | None
 
-    def input_gradients(self, norm_grad: Tensor | None = None) -> list[Tensor]:
+    def input_gradients(self) -> list[Tensor]:
         """dL/dx at the input of each feeding layer, of what flows back through this norm alone.
 
-        For ``norm_grad`` at the norm's input, or else for the measured one. [] where none arrives,
-        as through a detached tensor or a reentrant checkpoint.
+        [] where none arrives, as through a detached tensor or a reentrant checkpoint.
         """
-        if norm_grad is None and self.input_grad is not None:
+        if self.input_grad is not None:
             return [self.input_grad]
-        return _gradients(self.fed, self.norm_grad if norm_grad is None else norm_grad)
+        return _gradients(self.fed, self.norm_grad)
 
 
 def run_batches(
@@ -120,20 +118,20 @@ def find_norms(model: nn.Module) -> dict[nn.Module, str]:
     return norms
 
 
-class _Recorder(DataFlow):
-    """Notes the calls of unit blocks while it is active.
+class BlockFlow(DataFlow):
+    """Sees which activation follows each norm, be it a module or, as in most models, a function.
 
-    Layers and norms get aliases of their inputs, so that what flows back through each alone can be
-    told apart. As a mode it also sees activations that are plain functions, as most of
-    Detectron2's and torchvision's are.
+    Subclasses say what a call of a norm is: anything with an attribute ``activation``.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         # Norm outputs: the tensor (which keeps its id its own), its version and its call.
-        self._norm_outputs: dict[int, tuple[Tensor, int, _ForwardCall]] = {}
-        self._entered: dict[nn.Module, Callable[..., _ForwardCall]] = {}
-        self.calls: list[_ForwardCall] = []
+        self._norm_outputs: dict[int, tuple[Tensor, int, Any]] = {}
+
+    def left_norm(self, norm: nn.Module, output: Tensor) -> Any:
+        """The call that ``output`` ends, or None if it is of no interest."""
+        raise NotImplementedError
 
     def __enter__(self) -> DataFlow:
         for norm in find_norms(self._model):
@@ -144,7 +142,51 @@ class _Recorder(DataFlow):
         super().__exit__(*error)
         self._norm_outputs.clear()
 
-    def at_layer(self, x: Tensor) -> tuple[Tensor, GradientEdge | None]:
+    def _leave_norm(self, norm: nn.Module, args: tuple, output: Tensor) -> None:
+        call = self.left_norm(norm, output)
+        if call is not None:
+            self._norm_outputs[id(output)] = output, output._version, call
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        used = [
+            entry
+            for tensor in tensors_in((args, kwargs))
+            if (entry := self._norm_outputs.get(id(tensor))) and tensor._version == entry[1]
+        ]
+        result = super().__torch_function__(func, types, args, kwargs)
+        # Reading a shape is no use; nor is what no gradient comes back from.
+        if used and isinstance(result, Tensor):
+            if result.requires_grad or not torch.is_grad_enabled():
+                for tensor, _, call in used:
+                    self._use(func, args, result, tensor, call)
+        return result
+
+    def _use(self, func: Callable, args: tuple, result: Tensor, tensor: Tensor, call: Any) -> None:
+        """An operation reads a norm's output: its activation, if that is the only one to do so."""
+        if call.activation is None and func in ACTIVATION_FUNCTIONS and args and args[0] is tensor:
+            end = get_gradient_edge(result) if result.requires_grad else None
+            call.activation = Activation(ACTIVATION_FUNCTIONS[func], end)
+            if result is tensor:  # in place: from here on this tensor is the activation's output
+                self._norm_outputs.pop(id(tensor), None)
+        else:
+            call.activation = None
+            self._norm_outputs.pop(id(tensor), None)
+
+
+class _Recorder(BlockFlow):
+    """Notes the calls of unit blocks while it is active, with the places of their gradients.
+
+    Layers and norms get aliases of their inputs, so that what flows back through each alone can be
+    told apart.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._entered: dict[nn.Module, Callable[..., _ForwardCall]] = {}
+        self.calls: list[_ForwardCall] = []
+
+    def at_layer(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, GradientEdge | None]:
         if not x.is_floating_point() or not torch.is_grad_enabled():
             return x, None
         x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
@@ -163,41 +205,12 @@ class _Recorder(DataFlow):
         )
         return alias
 
-    def _leave_norm(self, norm: nn.Module, args: tuple, output: Tensor) -> None:
+    def left_norm(self, norm: nn.Module, output: Tensor) -> _ForwardCall | None:
         entered = self._entered.pop(norm, None)
-        if entered is not None:
-            call = entered(get_gradient_edge(output))
-            self._norm_outputs[id(output)] = output, output._version, call
-            self.calls.append(call)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        used = [
-            entry
-            for tensor in tensors_in((args, kwargs))
-            if (entry := self._norm_outputs.get(id(tensor))) and tensor._version == entry[1]
-        ]
-        result = super().__torch_function__(func, types, args, kwargs)
-        # Reading a shape is no use; nor is what no gradient comes back from.
-        if used and isinstance(result, Tensor) and result.requires_grad:
-            for entry in used:
-                self._use(func, args, kwargs, result, *entry)
-        return result
-
-    def _use(self, func, args, kwargs, result, tensor, version, call) -> None:
-        """An operation reads a norm's output: its activation, if that is the only one to do so."""
-        if call.activation is None and func in ACTIVATION_FUNCTIONS and args and args[0] is tensor:
-            rest = args[1:]
-            call.activation = Activation(
-                lambda z: func(z, *rest, **kwargs),
-                ACTIVATION_FUNCTIONS[func],
-                get_gradient_edge(result),
-            )
-            if result is tensor:  # in place: from here on this tensor is the activation's output
-                self._norm_outputs.pop(id(tensor), None)
-        else:
-            call.activation = None
-            self._norm_outputs.pop(id(tensor), None)
+        if entered is None:
+            return None
+        self.calls.append(entered(get_gradient_edge(output)))
+        return self.calls[-1]
 
 
 def _gradients(at: Tagged, gradient: Tensor) -> list[Tensor]:

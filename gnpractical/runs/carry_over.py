@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gnpractical.layers.match_norms import MatchedNorm, Run, match_norms, norm_targets
+from gnpractical.layers.match_norms import MatchedNorm, match_norms, norm_targets
 from gnpractical.layers.pairing import find_pairs
+from gnpractical.layers.unchanged import Run
 from gnpractical.layers.weight_standardization import standardize_layer, unstandardize_layer
 from gnpractical.runs.group_record import GroupRecord
 

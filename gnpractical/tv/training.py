@@ -111,7 +111,7 @@ def train(
     batches = _batches(dataset, recipe, first)
     if measured_norms(model):
         few = list(itertools.islice(batches, recipe.calibration_batches))
-        calibrate_measured(model, few, lambda m, batch: sum(m(*_to(batch, device)).values()))
+        calibrate_measured(model, few, lambda m, batch: m(*_to(batch, device)))
         batches = itertools.chain(few, batches)
     if checkpointer.other_norms.record and recipe.match_batches:
         few = list(itertools.islice(batches, recipe.match_batches))

@@ -56,7 +56,7 @@ def test_measured_is_calibrated_once_and_kept(tiny_cfg, monkeypatch):
     assert counts_of(trainer.model) == {
         name: count for name, (norm, count) in groups.items() if norm == "GN_MEASURED"
     }
-    assert "K, measured" in log_of(cfg)
+    assert "by the law" in log_of(cfg)
 
     # Neither a resumed run nor evaluation measures again: nothing is there to measure with.
     monkeypatch.setattr("gnpractical.runs.calibrate_measured.calibrate", None)

@@ -4,18 +4,20 @@ The reference takes the gradient at an input of the norm's own and carries it ba
 torch.nn.grad, so that nothing else arrives at the layer's input.
 """
 
-import math
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.grad import conv2d_input
 
-from gnpractical import PracticalGroupNorm, calibrate, convert, measure_gradient_variance
+from gnpractical import (
+    PracticalGroupNorm,
+    calibrate,
+    convert,
+    feature_statistics,
+    measure_gradient_variance,
+)
 from gnpractical.layers import group_norm_from_name
-from gnpractical.num_groups import divisors
 
 
 class PreActivation(nn.Module):
@@ -106,28 +108,6 @@ def test_only_what_flows_through_the_norm_and_its_layers_counts(cls):
         assert rows[name].in_channels == sum(widths)
 
 
-@pytest.mark.parametrize("cls, name, channels", [(PreActivation, "norm2", 8), (Dense, "norm3", 16)])
-def test_candidates_equal_a_measurement_with_that_count(cls, name, channels):
-    model, x = cls("GN_MEASURED"), torch.randn(4, 3, 6, 6)
-
-    def loss(model, batch):  # linear in the block's output: the gradient there is the same for all
-        return model(batch) if cls is Dense else linear(model, batch)
-
-    def linear(model, batch):
-        h = model.stem(batch)
-        h = h + model.conv1(F.relu(model.norm1(h)))
-        return ((h + model.conv2(F.relu(model.norm2(h)))) * model.weights).sum()
-
-    (row,) = calibrate(model, [x], loss, max_passes=1)
-    assert list(row.ratios) == list(divisors(channels))
-    assert max(row.ratios.values()) > 1.05 * min(row.ratios.values())
-    for num_groups, ratio in row.ratios.items():
-        model.get_submodule(name).set_num_groups(num_groups)
-        measured = {r.name: r.ratio for r in measure_gradient_variance(model, [x], loss)}
-        assert ratio == pytest.approx(measured[name], rel=1e-4)
-    assert row.num_groups == min(row.ratios, key=lambda g: abs(math.log(row.ratios[g])))
-
-
 def small_densenet():
     torchvision = pytest.importorskip("torchvision")
     return torchvision.models.DenseNet(
@@ -163,36 +143,27 @@ def ours(model):
 
 
 @pytest.mark.parametrize("build", [small_densenet, small_preactivation])
-def test_every_norm_of_a_converted_model_is_calibrated_as_it_is_measured(build):
+def test_every_norm_of_a_converted_model_is_calibrated(build):
     model, x = build(), torch.randn(4, 3, 64, 64)
     convert(model, x, rule="measured")
+    rows = calibrate(model, [x])
+    assert len(rows) == len(ours(model))
+    assert all(row.ratios and row.num_groups for row in rows)
+
+
+def test_the_law_holds_behind_residual_additions():
+    torch.manual_seed(0)
+    model, x = small_preactivation(), torch.randn(8, 3, 32, 32)
+    convert(model, x, rule="cpg_4")
 
     def loss(model, batch):
-        return F.cross_entropy(model(batch), torch.arange(4))
+        return F.cross_entropy(model(batch), torch.arange(8) % 5)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # no norm is left without a measurement
-        rows = calibrate(model, [x], loss, max_passes=1)
-    for norm in ours(model):  # as they are in the first pass
-        norm.set_num_groups(1)
+    law = {row.name: row.gradient_variance_ratio() for row in feature_statistics(model, [x])}
     measured = {row.name: row.ratio for row in measure_gradient_variance(model, [x], loss)}
-    assert len(rows) == len(measured) == len(ours(model))
-    for row in rows:
-        assert row.ratios[1] == pytest.approx(measured[row.name], rel=1e-4)
-
-
-def test_chosen_counts_have_the_measured_ratio_once_they_are_stable():
-    model, x = small_preactivation(), torch.randn(4, 3, 16, 16)
-    convert(model, x, rule="measured")
-
-    def loss(model, batch):
-        return F.cross_entropy(model(batch), torch.arange(4))
-
-    rows = calibrate(model, [x], loss, max_passes=10)
-    measured = {row.name: row.ratio for row in measure_gradient_variance(model, [x], loss)}
-    assert {row.num_groups for row in rows} != {1}
-    for row in rows:
-        assert row.ratios[row.num_groups] == pytest.approx(measured[row.name], rel=1e-4)
+    # The last norm is in front of global pooling, where the gradient is the same everywhere.
+    for name in [name for name in measured if name != "3"]:
+        assert law[name] == pytest.approx(measured[name], rel=0.2)
 
 
 class Between(nn.Module):
