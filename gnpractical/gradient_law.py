@@ -96,10 +96,11 @@ def distinctness_gain(
 ) -> float:
     """A = E[1 / ((1 - rho) Y + rho X/n_g)]: by this factor a norm grows gradients' variance.
 
-    The denominator is the variance that a group is divided by. X is chi-squared with n_g - 1 degrees
-    of freedom, and what lies around the channels' means, Y, with n_g (positions - 1), over as many;
-    it is 1 for many positions. By the same factor normalization then grows 1 - rho, the share of
-    the features' energy that is distinct between positions: it is (1 - rho) A behind the norm.
+    The denominator is the variance that a group is divided by. X is chi-squared with n_g - 1
+    degrees of freedom; Y, of what lies around the channels' means, with n_g (positions - 1), over
+    as many, so that it is 1 for many positions. By the same factor normalization then grows
+    1 - rho, the share of the features' energy that is distinct between positions: behind the norm
+    it is (1 - rho) A.
 
     Args:
         channels_per_group: n_g.

@@ -8,7 +8,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from gnpractical.runs.checkpointer import GroupCheckpointer
+from gnpractical.runs.checkpointer import GroupCheckpointer, unwrapped
 from gnpractical.runs.group_record import GroupRecord, group_record
 from gnpractical.runs.pretrained import PretrainedResNet, strides_in_1x1
 
@@ -59,8 +59,8 @@ class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
             return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
         if not filename.endswith((".pkl", ".safetensors")):
             loaded = DetectionCheckpointer._load_file(self, filename)  # knows the path's options
-            loaded["model"] = loaded["model"].get("state_dict", loaded["model"])
-            return loaded
+            weights = loaded["model"].get("state_dict", loaded["model"])
+            return loaded | {"model": unwrapped(weights)}
         loaded = super()._read(filename)
         if filename.endswith(".pkl") and "__author__" not in loaded:
             weights = {k: v for k, v in loaded["model"].items() if not k.endswith("_momentum")}
@@ -82,7 +82,7 @@ class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
             changes["INPUT.FORMAT"] = "BGR" if resnet.bgr else "RGB"
         for key in ("pixel_mean", "pixel_std"):
             own, other = getattr(model, key, None), torch.tensor(getattr(resnet, key))
-            if own is not None and not torch.allclose(own.flatten().cpu(), other, rtol=0.02):
+            if own is not None and not torch.allclose(own.flatten().cpu().float(), other, rtol=0.02):
                 changes[f"MODEL.{key.upper()}"] = [round(x, 3) for x in other.tolist()]
         if strides_in_1x1(model) not in (None, resnet.stride_in_1x1):
             changes["MODEL.RESNETS.STRIDE_IN_1X1"] = resnet.stride_in_1x1

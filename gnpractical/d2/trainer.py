@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -114,15 +115,14 @@ class Trainer(DefaultTrainer):
 
     def _batches_to_match(self) -> list[Any]:
         count = self.cfg.MODEL.GNP.MATCH_BATCHES
-        batches = self.extra_batches(count)
-        names = [image["file_name"] for batch in batches for image in batch]
-        distinct = len(set(names))
-        if distinct < len(names) and self.cfg.DATALOADER.SAMPLER_TRAIN == "TrainingSampler":
+        images = sum(len(DatasetCatalog.get(name)) for name in self.cfg.DATASETS.TRAIN)
+        if count * self.cfg.SOLVER.IMS_PER_BATCH > images:
             raise ValueError(
-                f"MODEL.GNP.MATCH_BATCHES {count} takes {len(names)} images in each process, but "
-                f"there are only {distinct}. A few dozen are enough."
+                f"MODEL.GNP.MATCH_BATCHES {count} of SOLVER.IMS_PER_BATCH "
+                f"{self.cfg.SOLVER.IMS_PER_BATCH} are more than the {images} training images. A "
+                f"few dozen are enough."
             )
-        return batches
+        return self.extra_batches(count)
 
     def extra_batches(self, count: int) -> list[Any]:
         """Training batches from a loader of their own, so that training goes on as without."""

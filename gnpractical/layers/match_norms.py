@@ -72,14 +72,25 @@ def match_norms(
         A row for every GroupNorm of these, in registration order.
 
     Raises:
-        TypeError: ``batches`` are not a list of batches.
-        ValueError: There is no GroupNorm or no batch, or a target is not of its norm.
+        TypeError: ``batches`` are not a list of batches, ``only`` not one of paths, or a target is
+            no pair of tensors.
+        ValueError: There is no GroupNorm or no batch; ``only`` or ``targets`` name something else
+            than GroupNorms; a target is not of its norm's width; or something is not finite.
         RuntimeError: A norm has no number of groups yet. After any error the model is as it was.
     """
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
-    norms = {n: m for n, m in norms.items() if only is None or n in only}
     if not norms:
         raise ValueError(f"{type(model).__name__} has no GroupNorm to match")
+    if isinstance(only, str) or not isinstance(targets, Mapping | None):
+        raise TypeError("only must be a list of paths, and targets a dict by path")
+    for what, names in (("only", only or ()), ("targets", targets or ())):
+        known = {name for name, module in model.named_modules() if norm_width(module) is not None}
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(
+                f"{what} must name norms of the model, such as {next(iter(norms))!r}; it names "
+                f"{len(unknown)} that are none, first {unknown[0]!r}"
+            )
+    norms = {n: m for n, m in norms.items() if only is None or n in only}
     matchers = {name: _Matcher(name, norm, targets or {}) for name, norm in norms.items()}
     hooks: dict[nn.Module, Hook] = {norms[n]: matcher.match for n, matcher in matchers.items()}
     try:
@@ -101,7 +112,12 @@ def norm_targets(
     For originals whose weights and biases do not say it: frozen BatchNorm with folded statistics,
     or GroupNorm. The arguments and errors are those of :func:`match_norms`.
     """
-    norms = {n: m for n, m in original.named_modules() if norm_width(m) is not None}
+    # Some of timm's hold an activation, too, behind which this would measure.
+    norms = {
+        name: module
+        for name, module in original.named_modules()
+        if norm_width(module) is not None and not list(module.children())
+    }
     if not norms:
         raise ValueError(f"{type(original).__name__} has no norm to measure")
     seen = {name: _ChannelStatistics() for name in norms}
@@ -168,28 +184,36 @@ class _Matcher:
         self._seen = _ChannelStatistics()
         # Others, such as timm's, may apply an activation, too.
         self._plain = type(norm) in (nn.GroupNorm, PracticalGroupNorm)
-        if norm.affine:
+        self._affine = norm.weight is not None and norm.bias is not None
+        if self._affine:
             self._before = norm.weight.detach().clone(), norm.bias.detach().clone()
             weight, bias = (t.double() for t in self._before)
-            mean, deviation = targets.get(name, (bias, weight.abs()))
+            target = targets.get(name, (bias, weight.abs()))
+            if len(target) != 2 or not all(isinstance(value, Tensor) for value in target):
+                raise TypeError(f"{name}: targets must be a mean and a deviation, two tensors (C,)")
+            mean, deviation = target
             if mean.shape != bias.shape or deviation.shape != bias.shape:
                 raise ValueError(
                     f"{name}: targets must have its {norm.num_channels} channels, got "
                     f"{tuple(mean.shape)} and {tuple(deviation.shape)}"
                 )
+            if not (torch.isfinite(mean).all() and torch.isfinite(deviation).all()):
+                raise ValueError(f"{name}: its targets, or its weight and bias, are not finite")
             # The sign is the weight's, which a deviation does not have.
             self._mean = mean.to(bias)
             self._scale = torch.where(weight < 0, -deviation.to(bias), deviation.to(bias))
 
     def begin(self) -> None:
         """Let the norm give what it normalizes, so that it need not be computed twice."""
-        if self._norm.affine and self._plain:
+        if self._affine and self._plain:
             self._set(*(torch.full_like(t, v) for t, v in zip(self._before, (1, 0), strict=True)))
 
     def match(self, norm: nn.GroupNorm, args: tuple, output: Tensor) -> Tensor:
-        if not norm.affine or not self._plain or not output.numel():
+        if not self._affine or not self._plain or not output.numel():
             return output
         self._seen.add(output)
+        if not torch.isfinite(self._seen.deviation).all():
+            raise ValueError(f"{self._name}: what it gets from these batches is not finite")
         weight, bias = self._matched()
         shape = (1, -1) + (1,) * (output.dim() - 2)
         return output.mul_(weight.view(shape).to(output)).add_(bias.view(shape).to(output))
@@ -198,9 +222,9 @@ class _Matcher:
         """Set what was found, or what was before if nothing was."""
         reason, channels = "", self._norm.num_channels
         if not self._plain:
-            kind = type(self._norm).__name__
-            reason = f"its class, {kind}, does more than normalize: convert it first"
-        elif not self._norm.affine:
+            kind = f"{type(self._norm).__module__}.{type(self._norm).__name__}"
+            reason = f"its class, {kind}, may do more than normalize: convert it first"
+        elif not self._affine:
             reason = "it has no weight and bias"
         elif not self._seen.count:
             reason = "it did not run"
@@ -218,7 +242,7 @@ class _Matcher:
         return MatchedNorm(self._name, channels, factor, shift)
 
     def undo(self) -> None:
-        if self._norm.affine:
+        if self._affine:
             self._set(*self._before)
 
     def _varies(self) -> Tensor:

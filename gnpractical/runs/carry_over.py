@@ -54,6 +54,20 @@ class OtherNorms:
             entry["norm"] in ("BatchNorm2d", "SyncBatchNorm") for entry in self.record.values()
         )
 
+    def targets(self, model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+        """Mean and deviation of each channel behind these BatchNorms, whose weights ``model`` has.
+
+        A channel that hardly varied, beside eps, came out of BatchNorm with less than |weight|.
+        """
+        targets = {}
+        for name, (_, variance) in self.statistics.items():
+            norm = model.get_submodule(name)
+            assert isinstance(norm, nn.GroupNorm)
+            variance = variance.to(norm.weight)
+            deviation = norm.weight.detach().abs() * (variance / (variance + norm.eps)).sqrt()
+            targets[name] = norm.bias.detach(), deviation
+        return targets
+
 
 def statistics_left(model: nn.Module, weights: Iterable[str]) -> list[str]:
     """The keys of BatchNorm's statistics for what are GroupNorms in ``model``."""
@@ -78,9 +92,11 @@ def match_loaded(
         A row for each of these norms.
     """
     names = other_norms.record.keys()
-    targets = {}
-    if not other_norms.tell_their_output:
-        targets = norm_targets(_original(model, other_norms), batches, run)
+    if other_norms.tell_their_output:
+        targets = other_norms.targets(model)
+    else:
+        measured = norm_targets(_original(model, other_norms), batches, run)
+        targets = {name: measured[name] for name in names if name in measured}
     rows = match_norms(model, batches, run, targets, only=names)
     norms = {name: model.get_submodule(name) for name in names}
     if dist.is_available() and dist.is_initialized():

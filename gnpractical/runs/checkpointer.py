@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from gnpractical.runs.group_record import (
     take_recorded,
 )
 from gnpractical.runs.output_dir import write_atomically, write_text
-from gnpractical.runs.pretrained import PretrainedResNet, place, recognize
+from gnpractical.runs.pretrained import PretrainedResNet, of_detectors, place, recognize
 
 logger = logging.getLogger(__name__)
 
@@ -133,11 +134,12 @@ class GroupCheckpointer(Checkpointer):
         try:
             loaded = self._read(filename)
             weights = loaded["model"]
-            if not all(isinstance(w, (torch.Tensor, np.ndarray)) for w in weights.values()):
-                raise TypeError("its 'model' holds more than tensors")
+            _check_weights(weights)
             check_record(loaded.get(RECORD_KEY, {}))
         except Exception as e:  # a damaged file can fail in any way
             reason = " ".join(str(e).split())[:300]
+            if "weights_only" in reason:  # PyTorch advises to run its code
+                reason = "it is no file of tensors and plain data that torch.save wrote"
             raise ValueError(
                 f"{filename} is no checkpoint that can be loaded: it is missing, truncated, no "
                 f"checkpoint, or would have to run code, which nothing here does. "
@@ -154,9 +156,9 @@ class GroupCheckpointer(Checkpointer):
             loaded = load_file(filename)
         else:
             loaded = self._torch_load(filename)
-        if "model" in loaded:
-            return loaded
-        return {"model": loaded.get("state_dict", loaded)}
+        if "model" not in loaded:
+            loaded = {"model": loaded.get("state_dict", loaded)}
+        return loaded | {"model": unwrapped(loaded["model"])}
 
     def _published(self, loaded: dict[str, Any]) -> dict[str, Any] | None:
         """What ``loaded`` holds of a ResNet by the model's names, if it holds one."""
@@ -174,6 +176,13 @@ class GroupCheckpointer(Checkpointer):
             tensors, record = place(resnet, self.model, self.resnet_advice(resnet))
         except ValueError as e:
             raise ValueError(f"{self._loading}: {e}") from None
+        heads = of_detectors(resnet.other)
+        if heads and not self._backbone_only:
+            self._complain(
+                f"{self._loading} is a whole detector under other names than the model's. Of it "
+                f"only the backbone, a {described}, would be loaded, and {len(heads)} tensors of "
+                f"its heads left out, first {heads[0]}."
+            )
         if changes:
             self._complain(
                 f"{self._loading} is a {described}, which was trained on other images or with "
@@ -235,3 +244,30 @@ class GroupCheckpointer(Checkpointer):
             raise GroupMismatch(f"{message} To load it all the same: {self.load_anyway}.")
         if self._mismatch == "warn":
             logger.warning(message)
+
+
+def _check_weights(weights: Mapping[str, Any]) -> None:
+    """TypeError or ValueError if they are no tensors that a model can have."""
+    if not weights or not all(isinstance(key, str) for key in weights):
+        raise TypeError("it holds no tensors by name, nor has any under 'model' or 'state_dict'")
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor | np.ndarray):
+            raise TypeError(f"of its weights {name!r} is no tensor but a {type(value).__name__}")
+        tensor = torch.as_tensor(value)
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"its tensor {name!r} is sparse")
+        if tensor.is_floating_point():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"its tensor {name!r} holds values that are not finite")
+            if name.endswith("running_var") and (tensor < 0).any():
+                raise ValueError(f"its tensor {name!r} holds variances below zero")
+        elif name.endswith((".weight", ".bias", ".running_mean", ".running_var", "_w", "_b", "_s")):
+            raise TypeError(f"its tensor {name!r} holds {tensor.dtype}, not floating-point numbers")
+
+
+def unwrapped(weights: dict[str, Any]) -> dict[str, Any]:
+    """Without the prefixes that wrappers such as DDP and torch.compile give to all names."""
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        if weights and all(isinstance(key, str) and key.startswith(prefix) for key in weights):
+            weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    return weights

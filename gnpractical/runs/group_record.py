@@ -64,9 +64,6 @@ def check_record(record: GroupRecord) -> None:
 def take_recorded(model: nn.Module, record: GroupRecord) -> None:
     """Give the model's GN_MEASURED norms the counts the file was calibrated to, and remember what
     its norms were matched from."""
-    for pair in find_pairs(model):
-        if "matched_from" in record.get(pair.norm_name, {}):
-            pair.norm.matched_from = record[pair.norm_name]["matched_from"]
     for name, norm in measured_norms(model).items():
         entry = record.get(name, {})
         if entry.get("norm") == norm.norm_name and entry["num_groups"]:
@@ -74,6 +71,10 @@ def take_recorded(model: nn.Module, record: GroupRecord) -> None:
                 norm.set_num_groups(entry["num_groups"])
             except ValueError as e:
                 raise ValueError(f"{name}: {e}") from None
+    differing = differing_norms(model, record)
+    for pair in find_pairs(model):
+        if "matched_from" in record.get(pair.norm_name, {}) and pair.norm_name not in differing:
+            pair.norm.matched_from = record[pair.norm_name]["matched_from"]
 
 
 def differing_norms(model: nn.Module, record: GroupRecord) -> list[str]:
@@ -101,9 +102,13 @@ def describe_mismatch(
 
 
 def _settings(entry: Mapping[str, Any]) -> tuple:
-    return entry["num_groups"], entry["weight_standardized"]
+    # Two norms without a count may still be a GroupNorm yet to be calibrated and a BatchNorm.
+    is_group_norm = entry["norm"].startswith("GN")
+    return entry["num_groups"], is_group_norm, entry["weight_standardized"]
 
 
 def _describe(entry: Mapping[str, Any]) -> str:
     text = f"G={entry['num_groups']}" if entry["num_groups"] else entry["norm"]
+    if entry.get("assumed"):
+        text += " (assumed, since the file does not say)"
     return f"{text} with weight standardization" if entry["weight_standardized"] else text

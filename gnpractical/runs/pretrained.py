@@ -9,7 +9,7 @@ norms, weight standardization, strides and what images they expect.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +46,8 @@ _CAFFE2_ENDS = {
     "rm": "running_mean",
     "riv": "running_var",
 }
+# Keys of whole detectors, apart from their backbones.
+_OF_DETECTORS = re.compile(r"(^|[._])(rpn|fpn|neck|roi_heads|proposal_generator|cls_score)|_head\.")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -117,9 +119,8 @@ class PretrainedResNet:
         norm = entry["norm"].replace("2d", "").replace("FrozenB", "frozen B")
         if entry["num_groups"]:
             counts = {e["num_groups"] for e in self.record.values()}
-            norm = (
-                f"GroupNorm of {counts.pop() if len(counts) == 1 else 'several counts of'} groups"
-            )
+            count = counts.pop() if len(counts) == 1 else "several counts of"
+            norm = f"GroupNorm of {count} groups{' (assumed)' if entry.get('assumed') else ''}"
         standardized = " and weight standardization" if entry["weight_standardized"] else ""
         return f"{kind} with {norm}{standardized}"
 
@@ -149,6 +150,14 @@ def recognize(weights: Mapping[str, Any], record: GroupRecord) -> PretrainedResN
     names = {key: name for key in weights if (name := torchvision_name(key))}
     if any(key.startswith("backbone.") and _DETECTRON2.fullmatch(key) for key in names):
         return None  # a whole model of Detectron2's, of which it is not known what images it takes
+    if any(_CAFFE2.fullmatch(key) for key in names) and any(map(_OF_DETECTORS.search, weights)):
+        return None  # a whole model of Detectron1's, which Detectron2 reads
+    if len(set(names.values())) < len(names):
+        first = {name: key for key, name in reversed(names.items())}
+        both = next((first[name], key) for key, name in names.items() if first[name] != key)
+        raise ValueError(
+            f"it holds several ResNets: {both[0]!r} and {both[1]!r} are the same tensor"
+        )
     if any(re.search(r"stages\.\d+\.blocks\.\d+\.norm1\.weight$", key) for key in weights):
         raise ValueError(
             "it holds a pre-activation ResNet (timm's resnetv2, BiT), whose norms stand before "
@@ -191,6 +200,11 @@ def recognize(weights: Mapping[str, Any], record: GroupRecord) -> PretrainedResN
         pixel_mean=_MEAN[::-1],
         pixel_std=(1.0, 1.0, 1.0) if plain else _STD[::-1],
     )
+
+
+def of_detectors(keys: Iterable[str]) -> list[str]:
+    """Those of ``keys`` that belong to a whole detector and not to its backbone."""
+    return [key for key in keys if _OF_DETECTORS.search(key)]
 
 
 def place(
@@ -264,8 +278,8 @@ def _published_norm(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> 
     if "bn1.running_mean" in tensors or any("_bn_" in key for key in names):
         return {"num_groups": None, "norm": "FrozenBatchNorm2d", "weight_standardized": False}
     # All that are published have 32.
-    standardized = _looks_standardized(tensors)
-    return {"num_groups": 32, "norm": "GN", "weight_standardized": standardized}
+    entry = {"num_groups": 32, "norm": "GN", "assumed": True}
+    return entry | {"weight_standardized": _looks_standardized(tensors)}
 
 
 def _is_neutral(tensors: Mapping[str, Tensor]) -> bool:

@@ -35,8 +35,10 @@ class TorchvisionCheckpointer(GroupCheckpointer):
         )
 
     def resnet_advice(self, resnet: PretrainedResNet) -> str:
-        if resnet.num_groups > 1 or resnet.depth not in DEPTHS:
-            return f"weights of a ResNet of depth {', '.join(map(str, DEPTHS))}"
+        plain = (resnet.num_groups, resnet.width_per_group) == (1, 64)
+        if resnet.depth not in DEPTHS or not plain:
+            depths = ", ".join(map(str, DEPTHS))
+            return f"weights of a plain ResNet of depth {depths}, 64 channels wide at first"
         return f"--depth {resnet.depth}"
 
     def prepared(self, resnet: PretrainedResNet) -> tuple[PretrainedResNet, list[str]]:

@@ -28,8 +28,6 @@ def faster_rcnn() -> dict[str, Any]:
         "channels": 64,
         "fc_channels": 256,
         "rpn_anchor_generator": anchors,
-        "image_mean": [0.5] * 3,
-        "image_std": [58 / 255] * 3,
         "rpn_pre_nms_top_n_train": 500,
         "rpn_pre_nms_top_n_test": 500,
         "rpn_post_nms_top_n_train": 200,

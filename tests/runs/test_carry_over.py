@@ -16,6 +16,15 @@ def build():
     )
 
 
+def test_a_channel_that_did_not_vary_is_not_blown_up():
+    model = build()
+    statistics = {"1": (torch.zeros(8), torch.tensor([0.0] + [1.0] * 7))}
+    other = OtherNorms("bn.pth", {"1": BATCH_NORM}, statistics)
+    match_loaded(model, other, [torch.randn(16, 3, 12, 12)])
+    deviation = model[:2](torch.randn(16, 3, 12, 12)).std((0, 2, 3))
+    assert deviation[0] < 0.01 and deviation[1:].min() > 0.9
+
+
 def match_on_own_batches(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     model = build()

@@ -234,6 +234,64 @@ def test_other_depths_and_structures_in_one_line(tmp_path):
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"conv1.weight": torch.full((64, 3, 7, 7), float("nan"))}, "'conv1.weight' .* not finite"),
+        ({"bn1.running_var": -torch.ones(64)}, "'bn1.running_var' holds variances below zero"),
+        ({"bn1.weight": torch.ones(64, dtype=torch.int64)}, "'bn1.weight' holds torch.int64"),
+        ({"bn1.bias": torch.ones(64) + 1j}, "'bn1.bias' holds torch.complex64"),
+        ({"bn1.bias": torch.ones(64).to_sparse()}, "'bn1.bias' is sparse"),
+        ({"bn1.bias": [0.0] * 64}, "'bn1.bias' is no tensor but a list"),
+        ({3: torch.ones(64)}, "holds no tensors by name"),
+        ({"module.layer1.0.conv1.weight": torch.ones(1)}, "several ResNets: 'layer1.0.conv1.wei"),
+    ],
+)
+def test_tensors_that_no_model_can_have(tmp_path, changed, message):
+    model = small(norm="BN")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    path = tmp_path / "18.pth"
+    torch.save(randomized(resnet18()).state_dict() | changed, path)
+    with pytest.raises(ValueError, match=message):
+        TorchvisionCheckpointer(model).load_backbone(str(path))
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_prefixes_of_wrappers_and_heads_of_other_detectors(tmp_path):
+    model = small(norm="GN_1")
+    TorchvisionCheckpointer(model, str(tmp_path)).save("own")
+    saved = torch.load(tmp_path / "own.pth")["model"]
+    torch.save(
+        {"model": {f"module._orig_mod.{k}": v for k, v in saved.items()}}, tmp_path / "w.pth"
+    )
+    other = small(norm="GN_1")
+    TorchvisionCheckpointer(other).load(str(tmp_path / "w.pth"), checkpointables=[])
+    torch.testing.assert_close(other.state_dict(), saved)
+
+    names = {k.replace("backbone.body.", "net.backbone."): v for k, v in saved.items()}
+    whole = {k.removeprefix("net."): v for k, v in names.items()}
+    torch.save({"state_dict": whole}, tmp_path / "mmdet.pth")
+    with pytest.raises(GroupMismatch, match="whole detector .* left out, first"):
+        TorchvisionCheckpointer(other).load(str(tmp_path / "mmdet.pth"), checkpointables=[])
+
+
+def test_a_count_that_is_assumed_is_said_to_be(tmp_path):
+    source = resnet18(norm_layer=lambda channels: nn.GroupNorm(1, channels))
+    torch.save(source.state_dict(), tmp_path / "18.pth")
+    with pytest.raises(GroupMismatch, match="G=32 .assumed, since the file does not say."):
+        TorchvisionCheckpointer(small(norm="GN_1")).load_backbone(str(tmp_path / "18.pth"))
+
+
+def test_norms_yet_to_be_calibrated_are_other_norms_than_the_files(tmp_path):
+    torch.save(randomized(resnet18()).state_dict(), tmp_path / "18.pth")
+    model = small(norm="GN_MEASURED")
+    with pytest.raises(GroupMismatch, match="BatchNorm2d in the file, GN_MEASURED in the model"):
+        TorchvisionCheckpointer(model).load_backbone(str(tmp_path / "18.pth"))
+    checkpointer = TorchvisionCheckpointer(model, match=True)
+    checkpointer.load_backbone(str(tmp_path / "18.pth"))
+    assert len(checkpointer.other_norms.record) == 20
+
+
 def test_names_of_other_tensors_are_none():
     for key in (
         "fc.weight",

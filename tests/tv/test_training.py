@@ -139,7 +139,7 @@ def test_a_loss_that_is_not_finite_names_the_last_checkpoint(tiny_panoptic, data
     train(model, dataset, recipe(1), str(tmp_path))
     before = (tmp_path / "model_final.pth").read_bytes()
     with torch.no_grad():
-        model.semantic_branch.predictor.bias.fill_(float("nan"))
+        model.semantic_branch.predictor.weight.fill_(3e38)
         torch.save({"model": model.state_dict()}, tmp_path / "broken.pth")
     (tmp_path / "last_checkpoint").write_text("broken.pth")
     with pytest.raises(FloatingPointError, match="at iteration 0 .*broken.pth.*--lr"):
