@@ -6,17 +6,19 @@
 
 For each row the model is built anew (same seed; with MODEL.WEIGHTS if the config has any), every
 GroupNorm gets the row's groups, and K, the gradient's variance at a block's input over that at its
-output, is measured on the same training batches. The row `measured` is calibrated on other batches
-first. Writes gradients.csv and gradients.png.
+output, is measured on the same training batches and predicted from forward passes over them. The
+row `measured` is calibrated on other batches first. Writes gradients.csv, gradients.png and
+predicted.png.
 """
 
 import argparse
 import csv
 import logging
+import math
 import sys
-import time
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from detectron2.data import build_detection_train_loader
@@ -24,21 +26,23 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 
-from gnpractical import calibrate, measure_gradient_variance
+from gnpractical import (
+    calibrate,
+    feature_statistics,
+    measure_gradient_variance,
+)
 from gnpractical.d2 import load_config
 from gnpractical.d2.checkpoint import GNPCheckpointer
 from gnpractical.d2.norm import group_norm_keys
 from gnpractical.d2.preflight import check_datasets
 from gnpractical.d2.trainer import adapt_to_device
-from gnpractical.measure.gradient_isometry import mean_abs_log
-from gnpractical.measure.plots import block_gradients
+from gnpractical.measure.block_records import block_records
+from gnpractical.measure.gradient_isometry import agreement
+from gnpractical.measure.plots import block_gradients, predicted_and_measured
 from gnpractical.num_groups import check_width
 from gnpractical.paper.results import norm_name_of
 
 ROWS = ["32", "1", "practical", "exact", "measured"]
-COLUMNS = (
-    "in_channels out_channels num_groups activation ratio skipped_calls skipped_reason".split()
-)
 
 
 def parse_args():
@@ -63,64 +67,50 @@ def build(cfg, norm):
     return model
 
 
-def step_seconds(model, batches):
-    start = time.perf_counter()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    for batch in batches:
-        optimizer.zero_grad()
-        sum(model(batch).values()).backward()
-        optimizer.step()
-    return (time.perf_counter() - start) / len(batches)
-
-
 def measure(args, cfg, norms):
-    """Return measurements by row, and the blocks where some count has K on either side of 1."""
+    """Return gradients and features of every block by row."""
     batches = list(islice(iter(build_detection_train_loader(cfg)), 2 * args.batches))
     fresh, first = batches[: args.batches], batches[args.batches :]
-    rows, reachable = {}, set()
+    gradients, features = {}, {}
     for row, norm in norms.items():
         model = build(cfg, norm)
         if row == "measured":
-            start = time.perf_counter()
-            chosen = calibrate(model, first)
-            seconds = time.perf_counter() - start
-            reachable = {choice.name for choice in chosen if choice.isometric_between}
-            steps = seconds / step_seconds(model, first)
-            print(f"Calibrated {len(chosen)} norms in {seconds:.1f} s, {steps:.1f} training steps")
-        rows[row] = [b for b in measure_gradient_variance(model, fresh) if b.num_groups]
-        if not rows[row]:
+            calibrate(model, first)
+        gradients[row] = [b for b in measure_gradient_variance(model, fresh) if b.num_groups]
+        if not gradients[row]:
             raise ValueError(f"{args.config_file}: its model has no GroupNorm")
-    return rows, reachable
+        features[row] = feature_statistics(model, fresh)
+    return gradients, features
 
 
-def report(rows, reachable):
-    layers = next(iter(rows.values()))
-    table = [
-        [layer.name, layer.in_channels, layer.out_channels]
-        + [
-            f"{blocks[i].num_groups}: {blocks[i].ratio:.2f}" if blocks[i].ratio else "-"
-            for blocks in rows.values()
-        ]
-        for i, layer in enumerate(layers)
-    ]
-    titles = [f"G: K at {row}" for row in rows]
-    print(tabulate(table, ["layer", "in", "out", *titles], disable_numparse=True))
-    summary = [["all", len(layers), *map(mean_abs_log, rows.values())]]
-    if reachable:
-        within = [[b for b in blocks if b.name in reachable] for blocks in rows.values()]
-        means = map(mean_abs_log, within)
-        summary.append(["K = 1 reachable", len(reachable), *means])
-    print("\nMean |log K| (0: every block keeps the gradient's scale)")
-    print(tabulate(summary, ["blocks", "number", *rows], floatfmt=".3f"))
+def report(tables):
+    """Print a table a row, and return (predicted, measured) of all blocks by law."""
+    pairs, summary = {"law": [], "paper": []}, []
+    for row, table in tables.items():
+        print(f"\nG = {row}")
+        shown = [{k: v for k, v in r.items() if k not in ("activation", "skipped")} for r in table]
+        print(tabulate(shown, "keys", floatfmt=".2f", missingval="-"))
+        measured = [r for r in table if r["K measured"]]
+        found = []
+        for law, column in (("law", "K(G)"), ("paper", "K(G) by the paper")):
+            points = [(r[column], r["K measured"]) for r in measured if r[column]]
+            pairs[law] += points
+            found += agreement(points)
+        logs = fmean(abs(math.log(r["K measured"])) for r in measured) if measured else math.nan
+        summary.append([row, len(measured), logs, *found])
+    titles = (
+        "G, blocks, mean |log K|, law: correlation, median error, paper: correlation, median error"
+    )
+    print(f"\n{tabulate(summary, titles.split(', '), floatfmt='.3f')}")
+    return pairs
 
 
-def write_csv(rows, path):
+def write_csv(tables, path):
     with open(path, "w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["row", "layer", *COLUMNS])
-        for row, blocks in rows.items():
-            for block in blocks:
-                writer.writerow([row, block.name, *(getattr(block, name) for name in COLUMNS)])
+        records = [{"row": row} | record for row, table in tables.items() for record in table]
+        writer = csv.DictWriter(f, records[0])
+        writer.writeheader()
+        writer.writerows(records)
 
 
 def main():
@@ -134,13 +124,17 @@ def main():
         args.output.mkdir(parents=True, exist_ok=True)
         check_datasets(cfg, cfg.DATASETS.TRAIN)
         with EventStorage():
-            rows, reachable = measure(args, cfg, norms)
-        report(rows, reachable)
-        write_csv(rows, args.output / "gradients.csv")
-        block_gradients(rows, args.output / "gradients.png", title=args.config_file)
+            gradients, features = measure(args, cfg, norms)
+        tables = {row: block_records(b, features[row]) for row, b in gradients.items()}
+        pairs = report(tables)
+        write_csv(tables, args.output / "gradients.csv")
+        law = {row: {r["layer"]: r["K(G)"] for r in table} for row, table in tables.items()}
+        title = args.config_file
+        block_gradients(gradients, law, args.output / "gradients.png", title=title)
+        predicted_and_measured(pairs, args.output / "predicted.png", title=title)
     except (ValueError, TypeError, OSError) as e:
         sys.exit(f"error: {e}")
-    print(f"Written to {args.output}: gradients.csv, gradients.png")
+    print(f"Written to {args.output}: gradients.csv, gradients.png, predicted.png")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
             changes["INPUT.FORMAT"] = "BGR" if resnet.bgr else "RGB"
         for key in ("pixel_mean", "pixel_std"):
             own, other = getattr(model, key, None), torch.tensor(getattr(resnet, key))
-            if own is not None and not torch.allclose(own.flatten().cpu().float(), other, rtol=0.02):
+            if own is not None and not torch.allclose(
+                own.flatten().cpu().float(), other, rtol=0.02
+            ):
                 changes[f"MODEL.{key.upper()}"] = [round(x, 3) for x in other.tolist()]
         if strides_in_1x1(model) not in (None, resnet.stride_in_1x1):
             changes["MODEL.RESNETS.STRIDE_IN_1X1"] = resnet.stride_in_1x1

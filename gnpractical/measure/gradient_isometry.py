@@ -103,6 +103,21 @@ def mean_abs_log(blocks: Iterable[BlockGradient]) -> float:
     return sum(logs) / len(logs) if logs else math.nan
 
 
+def agreement(pairs: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    """How well predicted K agrees with measured K, for pairs of both.
+
+    Returns:
+        The correlation of their logarithms and the median of |predicted / measured - 1|; nan for
+        fewer than two pairs. Pairs with a value that is infinite or zero are left out.
+    """
+    pairs = [pair for pair in pairs if all(0 < value < math.inf for value in pair)]
+    if len(pairs) < 2:
+        return math.nan, math.nan
+    logs = torch.tensor(pairs, dtype=torch.float64).log()
+    error = (logs[:, 0] - logs[:, 1]).expm1().abs().median()
+    return torch.corrcoef(logs.T)[0, 1].item(), error.item()
+
+
 class PooledVariance:
     """Biased variance over the elements of several tensors, by Chan's formula."""
 

@@ -10,8 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gnpractical.gradient_law import gradient_variance_ratio
-from gnpractical.measure.gradient_isometry import BlockGradient, mean_abs_log
+from gnpractical.measure.gradient_isometry import BlockGradient, agreement, mean_abs_log
 
 
 def learning_curves(
@@ -58,15 +57,20 @@ def learning_curves(
 
 
 def block_gradients(
-    rows: Mapping[str, Sequence[BlockGradient]], path: str | Path, *, title: str = ""
+    rows: Mapping[str, Sequence[BlockGradient]],
+    predicted: Mapping[str, Mapping[str, float | None]],
+    path: str | Path,
+    *,
+    title: str = "",
 ) -> None:
     """Draw measured and predicted K of every unit block, one panel for each row, and G below.
 
-    A bar is the measured K, from the line K = 1, where the gradient keeps its scale; the marks are
-    what the paper's Eq. (31) and the exact law for linear layers predict for it.
+    A bar is the measured K, from the line K = 1, where the gradient keeps its scale; the crosses
+    are what the law predicts for it from a forward pass.
 
     Args:
         rows: For each panel's name the measurements of one model, with the same blocks in all.
+        predicted: For each panel's name K of its blocks by the law, by the block's name.
         path: The picture to write; its ending gives the format.
 
     Raises:
@@ -81,9 +85,8 @@ def block_gradients(
         measured = [block.ratio or 1.0 for block in blocks]  # no bar where nothing was measured
         colors = ["C3" if ratio > 1 else "C0" for ratio in measured]
         axes.bar(at, [ratio - 1 for ratio in measured], bottom=1, color=colors, label="measured")
-        for law, marker in (("paper", "_"), ("exact", "x")):
-            predicted = [_predicted(block, law) for block in blocks]
-            axes.plot(at, predicted, marker, color="black", markersize=5, label=f"{law} law")
+        law = [predicted[label].get(block.name) or math.nan for block in blocks]
+        axes.plot(at, law, "x", color="black", markersize=5, label="by the law")
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set(yscale="log", ylabel="K")
         axes.set_title(f"G = {label}: mean |log K| {mean_abs_log(blocks):.2f}", loc="left", size=9)
@@ -133,9 +136,27 @@ def isometry_curve(rows: Sequence[Any], path: str | Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _predicted(block: BlockGradient, law: str) -> float:
-    if block.num_groups is None or block.in_channels is None:
-        return math.nan
-    args = block.in_channels, block.out_channels, block.num_groups
-    ratio = gradient_variance_ratio(*args, law=law)
-    return ratio if math.isfinite(ratio) else math.nan
+def predicted_and_measured(
+    laws: Mapping[str, Sequence[tuple[float, float]]], path: str | Path, *, title: str = ""
+) -> None:
+    """Draw measured K over predicted K, one color for each law, with the line where they agree.
+
+    Args:
+        laws: For each law's name pairs of predicted and measured K.
+        path: The picture to write; its ending gives the format.
+
+    Raises:
+        OSError: ``path`` cannot be written.
+    """
+    figure = Figure(figsize=(6, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    for color, (law, pairs) in zip(("C0", "C1"), laws.items(), strict=True):
+        correlation, error = agreement(pairs)
+        label = f"{law}: correlation {correlation:.3f}, median error {100 * error:.0f}%"
+        x, y = zip(*pairs, strict=True) if pairs else ((), ())
+        axes.scatter(x, y, s=14, color=color, alpha=0.6, linewidths=0, label=label)
+    axes.axline((1, 1), slope=1, color="black", linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="K by the law", ylabel="K measured", title=title)
+    axes.grid(True, alpha=0.25)
+    axes.legend(fontsize="small", loc="upper left")
+    figure.savefig(path, dpi=150)

@@ -2,7 +2,12 @@ import pytest
 from PIL import Image
 
 from gnpractical.measure.gradient_isometry import BlockGradient
-from gnpractical.measure.plots import block_gradients, isometry_curve, learning_curves
+from gnpractical.measure.plots import (
+    block_gradients,
+    isometry_curve,
+    learning_curves,
+    predicted_and_measured,
+)
 from gnpractical.paper.simulation import Isometry
 
 
@@ -21,10 +26,13 @@ def test_each_figure_is_written(tmp_path):
         "32": [block("a.norm", 32, 2.0), block("b.norm", 32, None)],
         "1": [block("a.norm", 1, 0.5), block("b.norm", 1, 0.1)],
     }
-    block_gradients(rows, tmp_path / "blocks.png", title="a model")
+    law = {"32": {"a.norm": 2.1}, "1": {"a.norm": None}}
+    block_gradients(rows, law, tmp_path / "blocks.png", title="a model")
+    pairs = {"law": [(1.0, 1.1), (4.0, 3.9)], "paper": []}
+    predicted_and_measured(pairs, tmp_path / "scatter.png", title="a model")
     points = [Isometry(8, 8, g, "B", 1.1, 0.1, 1.2, 1.1) for g in (1, 2)]
     isometry_curve(points, tmp_path / "b.png")
-    for name in ("curves.png", "blocks.png", "b.png"):
+    for name in ("curves.png", "blocks.png", "scatter.png", "b.png"):
         is_picture(tmp_path / name)
 
 
