@@ -3,23 +3,27 @@
 
 python tools/validate_theory.py gains [--csv FILE]
 python tools/validate_theory.py gradients [--trials N] [--seed S] [--csv FILE] [--plot FILE]
+python tools/validate_theory.py convolutions [--trials N] [--seed S] [--csv FILE] [--plot FILE]
 
 gains: Table 2, the activation gains: the integral and the paper's value.
 gradients: Table 1, Eqs. A to D by autograd on random blocks, beside the paper's law and the exact
 one, for the paper's four settings and for 4 to 512 channels per group.
+convolutions: K by autograd, beside the exact law from forward passes and the paper's.
 """
 
 import argparse
 import contextlib
 import csv
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
 from tabulate import tabulate
 from tqdm import tqdm
 
-from gnpractical.measure.plots import isometry_curve
+from gnpractical.measure.plots import isometry_curve, predicted_and_measured
+from gnpractical.paper.convolutions import SETTINGS, simulate_convolutions
 from gnpractical.paper.gain_table import format_gains, gain_table
 from gnpractical.paper.simulation import PAPER_ROWS, SWEEP_ROWS, simulate
 
@@ -34,18 +38,18 @@ def parse_args():
     command.add_argument("--csv", type=Path, metavar="FILE", help="write the table here too")
     command.set_defaults(run=gains)
 
-    command = commands.add_parser("gradients", help="Table 1: the gradient's variance in a block")
-    command.add_argument(
-        "--trials",
-        type=int,
-        default=100_000,
-        metavar="N",
-        help="for each setting; default: 10^5 as in the paper, some minutes",
+    sampled = (
+        (gradients, 100_000, "Table 1: the gradient's variance in a block", "10^5 as in the paper"),
+        (convolutions, 16, "the laws on convolutions", "16, half a minute"),
     )
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--csv", type=Path, metavar="FILE", help="write the table here too")
-    command.add_argument("--plot", type=Path, metavar="FILE", help="draw B over channels per group")
-    command.set_defaults(run=gradients)
+    for run, trials, text, default in sampled:
+        command = commands.add_parser(run.__name__, help=text)
+        help_text = f"for each setting; default: {default}"
+        command.add_argument("--trials", type=int, default=trials, metavar="N", help=help_text)
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--csv", type=Path, metavar="FILE", help="write the table here too")
+        command.add_argument("--plot", type=Path, metavar="FILE", help="draw the laws")
+        command.set_defaults(run=run)
 
     return parser.parse_args()
 
@@ -76,6 +80,28 @@ def gradients(args):
     print(table_of(sweep))
     if args.plot:
         isometry_curve(sweep, args.plot)
+
+
+def convolutions(args):
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(args.csv.open("w", newline="")) if args.csv else None
+        if args.plot:
+            args.plot.touch()
+        rows = []
+        for setting in tqdm(SETTINGS, unit="setting", disable=None):
+            rows += simulate_convolutions(setting, args.trials, args.seed)
+        records = []
+        for row in rows:
+            record = dataclasses.asdict(row)
+            records.append(record.pop("setting") | record)
+        if file:
+            write_csv(file, records)
+    print(tabulate(records, headers="keys", floatfmt=".3f"))
+    laws = {law: [(getattr(r, law), r.measured) for r in rows] for law in ("law", "paper")}
+    worst = max(rows, key=lambda r: abs(math.log(r.law / r.measured)))
+    print(f"Largest error of the law: {abs(worst.law / worst.measured - 1):.1%}")
+    if args.plot:
+        predicted_and_measured(laws, args.plot, title="Convolutions")
 
 
 def table_of(rows):

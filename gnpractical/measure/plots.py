@@ -152,7 +152,7 @@ def predicted_and_measured(
     axes = figure.add_subplot()
     for color, (law, pairs) in zip(("C0", "C1"), laws.items(), strict=True):
         correlation, error = agreement(pairs)
-        label = f"{law}: correlation {correlation:.3f}, median error {100 * error:.0f}%"
+        label = f"{law}: correlation {correlation:.3f}, median error {100 * error:.1f}%"
         x, y = zip(*pairs, strict=True) if pairs else ((), ())
         axes.scatter(x, y, s=14, color=color, alpha=0.6, linewidths=0, label=label)
     axes.axline((1, 1), slope=1, color="black", linewidth=0.8)

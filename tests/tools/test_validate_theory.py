@@ -46,10 +46,23 @@ def test_gradients(tmp_path):
     assert figure.stat().st_size > 0
 
 
+@pytest.mark.slow
+def test_convolutions(tmp_path):
+    file, figure = tmp_path / "convolutions.csv", tmp_path / "k.png"
+    done = run("convolutions", "--trials", "2", "--csv", str(file), "--plot", str(figure))
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(file.open(newline="")))
+    assert len(rows) == 11 * 6 and figure.stat().st_size > 0
+    assert "Largest error of the law: " in done.stdout
+    for row in rows:
+        assert float(row["law"]) == pytest.approx(float(row["measured"]), rel=0.12)
+
+
 @pytest.mark.parametrize(
     "args, expected",
     [
         (["gradients", "--trials", "0"], "error: trials must be at least 1, got 0"),
+        (["convolutions", "--trials", "1"], "error: trials must be at least 2"),
         (["gains", "--csv", "no/such/folder/x.csv"], "no/such/folder/x.csv"),
     ],
 )
