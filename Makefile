@@ -56,7 +56,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "setuptools>=77,<81" wheel ninja $(TORCH)
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev,tv]"
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev,search,tv]"
 	touch $@
 
 clean:

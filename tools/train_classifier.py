@@ -7,9 +7,8 @@
 Rows are numbers of groups for the whole model, rules that choose one for each layer, or BN; a run
 of `measured` chooses on its own first batches. Training is from scratch, with random crops and
 flips. Pets has its own test split; of Caltech-101 a fifth of each category is drawn once; a folder
-has train/<class>/ and val/<class>/. The paper's appendix with its hyperparameters is not available:
-the recipe is this tool's. An interrupted experiment goes on where it was, within a run by the
-epoch. Every run leaves its weights.
+has train/<class>/ and val/<class>/. The paper's hyperparameters are not available: the recipe is
+this tool's. An interrupted experiment goes on where it was. Every run leaves its weights.
 """
 
 import argparse
@@ -60,6 +59,9 @@ def parse_args():
     rows = "numbers, rules, BN"
     parser.add_argument("--groups", nargs="+", default=ROWS, metavar="ROW", help=rows)
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (3)")
+    search_help = "stop the worse half of the rows at 1/8, 1/4, 1/2 of the epochs (needs Optuna)"
+    parser.add_argument("--search", action="store_true", help=search_help)
+    parser.add_argument("--storage", metavar="URL", help="of the search (a file in --output)")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--lr", type=float, default=0.025, help="at the start of the cosine")
@@ -91,17 +93,36 @@ def main(args):
         ours = row != "BN" and partial(group_norm_from_name, norm_name_of(row))
         return build_classifier(args.arch, ours or nn.BatchNorm2d, num_classes).to(device)
 
-    def train(row, seed, checkpoint):
+    def train(row, seed, checkpoint, stop_at=None):
         model = build(row, seed)
         if row == "measured" and not checkpoint.exists():  # else it brings the counts
             few = [images.to(device) for images, _ in islice(train_batches, CALIBRATION_BATCHES)]
             calibrate(model, few)
             report_groups(model, args.output / f"groups_{row}_{seed}.json")
-        done = fit(model, train_batches, test_batches, seed, checkpoint, mixed=on_gpu, **recipe)
+        done = fit(
+            model,
+            train_batches,
+            test_batches,
+            seed,
+            checkpoint,
+            mixed=on_gpu,
+            stop_at=stop_at,
+            **recipe,
+        )
         weights = {"model": model.state_dict(), RECORD_KEY: group_record(model)}
         path = args.output / f"weights_{row}_{seed}.pth"
         write_atomically(path, partial(torch.save, weights))
         return done
+
+    if args.search:
+        from gnpractical.paper.search import find_best
+
+        def scores_at(row, stop):
+            paths = [args.output / f"checkpoint_{row}_{s}.pth" for s in range(args.seeds)]
+            runs = [train(row, seed, path, stop) for seed, path in enumerate(paths)]
+            return [100 - run.test_errors[stop - 1] for run in runs]
+
+        return print(find_best(args.groups, args.epochs, scores_at, args.output, args.storage))
 
     # In ResNet-18 and -34 no layer narrows, so practical is 1 everywhere: that is trained once.
     rows, labels = {}, {}
@@ -123,6 +144,6 @@ if __name__ == "__main__":
         main(parse_args())
     except torch.cuda.OutOfMemoryError:
         sys.exit("error: the GPU's memory must hold a batch, but is too small. Lower --batch-size.")
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         # An error in a loading process arrives with its traceback, the message last.
         sys.exit(f"error: {str(e).strip().splitlines()[-1]}")

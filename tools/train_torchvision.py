@@ -59,6 +59,7 @@ def parse_args():
     add("--min-size", nargs="+", **number, help=sizes)
     add("--max-size", **number, help="long side at most")
     add("--iterations", **number, help="steps of training")
+    add("--stop-at", **number, help="stop after so many of them, to be resumed; 0: do not")
     add("--batch-size", **number, help="of all processes together")
     add("--lr", type=float, help="learning rate; falls along a cosine")
     add("--warmup", **number, help="iterations of rising lr")

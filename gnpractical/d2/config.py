@@ -30,6 +30,8 @@ def add_gnp_config(cfg: CfgNode) -> None:
     cfg.MODEL.GNP.CALIBRATION_BATCHES = 2
     # Measure the gradient's variance across every block each so many iterations; 0 is never.
     cfg.MODEL.GNP.PROBE_PERIOD = 0
+    # Stop after so many iterations of SOLVER.MAX_ITER and evaluate; --resume goes on. 0: do not.
+    cfg.MODEL.GNP.STOP_AT = 0
     # Look for annotations that would train wrongly before the first step (COCO formats only).
     cfg.MODEL.GNP.CHECK_ANNOTATIONS = True
     cfg.register_renamed_key("MODEL.GNP.NORM", "MODEL.RESNETS.NORM", "Set MODEL.FPN.NORM, too.")
@@ -85,7 +87,8 @@ def _check(cfg: CfgNode) -> None:
             f"MODEL.GNP.CHECKPOINT_MISMATCH must be one of {', '.join(MISMATCH_CHOICES)}; "
             f"got {cfg.MODEL.GNP.CHECKPOINT_MISMATCH!r}"
         )
-    for key, least in {"CALIBRATION_BATCHES": 1, "MATCH_BATCHES": 0, "PROBE_PERIOD": 0}.items():
+    counts = {"CALIBRATION_BATCHES": 1, "MATCH_BATCHES": 0, "PROBE_PERIOD": 0, "STOP_AT": 0}
+    for key, least in counts.items():
         if cfg.MODEL.GNP[key] < least:
             raise ValueError(f"MODEL.GNP.{key} must be at least {least}, got {cfg.MODEL.GNP[key]}")
 

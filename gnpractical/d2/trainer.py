@@ -88,7 +88,8 @@ class Trainer(DefaultTrainer):
             cfg, model, match=match, trainer=weakref.proxy(self)
         )
         self.start_iter = 0
-        self.max_iter = cfg.SOLVER.MAX_ITER
+        # The schedule of learning rates is that of MAX_ITER all the same.
+        self.max_iter = min(cfg.MODEL.GNP.STOP_AT or cfg.SOLVER.MAX_ITER, cfg.SOLVER.MAX_ITER)
         self.cfg = cfg
         self.register_hooks(self.build_hooks())
 

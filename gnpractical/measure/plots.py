@@ -19,13 +19,14 @@ def learning_curves(
     ylabel: str,
     *,
     xlabel: str = "epoch",
+    yscale: str = "log",
     highlight: str | None = None,
 ) -> None:
-    """Draw one line for each curve, on a log axis, as in the paper's Figure 2.
+    """Draw one line for each curve, as in the paper's Figure 2.
 
     Args:
         curves: For each label one value an epoch, or a mapping from iteration to value. A value
-            that is 0 or not finite leaves a gap.
+            that is not finite, or 0 on a log axis, leaves a gap.
         path: The picture to write; its ending gives the format.
         highlight: Curves with this word in their label are drawn thick and in front.
 
@@ -40,7 +41,7 @@ def learning_curves(
         points = values if isinstance(values, Mapping) else dict(enumerate(values, start=1))
         axes.plot(
             list(points),
-            [value if value > 0 else float("nan") for value in points.values()],
+            [v if v > 0 or yscale != "log" else math.nan for v in points.values()],
             label=label,
             marker="o" if len(points) < 50 else "",
             markersize=3,
@@ -49,7 +50,7 @@ def learning_curves(
             linewidth=2.5 if bold else 1.2,
             zorder=3 if bold else 2,
         )
-    axes.set(yscale="log", xlabel=xlabel, ylabel=ylabel)
+    axes.set(yscale=yscale, xlabel=xlabel, ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize="small")

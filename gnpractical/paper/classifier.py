@@ -49,6 +49,7 @@ def fit(
     momentum: float,
     weight_decay: float,
     mixed: bool = False,
+    stop_at: int | None = None,
 ) -> History:
     """Train a classifier on the device it is on, and test it after every epoch.
 
@@ -58,6 +59,7 @@ def fit(
 
     Args:
         checkpoint: Keeps the state of the run after every epoch, and is resumed from if it exists.
+        stop_at: After how many epochs of the schedule to stop, to be resumed; None for its end.
         mixed: Train in mixed precision, of bfloat16 or what else the GPU has.
 
     Raises:
@@ -74,7 +76,7 @@ def fit(
     total_steps = epochs * len(train_batches)
     step = len(history.train_losses) * len(train_batches)
     with tqdm(total=total_steps, initial=step, unit="step", leave=False, disable=None) as bar:
-        for epoch in range(len(history.train_losses), epochs):
+        for epoch in range(len(history.train_losses), min(stop_at or epochs, epochs)):
             start = time.perf_counter()
             torch.manual_seed(1000 * (seed + 1) + epoch)
             model.train()

@@ -113,11 +113,13 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     for name, value in options.items():
         least = "at least" if name in ("momentum", "weight_decay", "workers") else "above"
-        if isinstance(value, int | float) and not (value > 0 or value == 0 and least == "at least"):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not (value > 0 or value == 0 and least == "at least"):
             raise ValueError(f"--{name.replace('_', '-')} must be {least} 0, got {value}")
     for row in options["groups"]:
         norm_name_of(row)
-    without = ("groups", "seeds", "data", "output", "device", "workers")
+    without = (*("groups", "seeds", "data", "output", "device", "workers"), "search", "storage")
     return {name: value for name, value in options.items() if name not in without}
 
 

@@ -1,4 +1,7 @@
-"""One Detectron2 training of a comparison: started, resumed, or read from what it left."""
+"""One training of a comparison: started, resumed, or read from what it left.
+
+Both training scripts write the same ``metrics.json``.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,14 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from tabulate import tabulate
+
+from gnpractical.paper.comparison import mean_and_spread, significant_differences
 from gnpractical.runs.output_dir import write_text
 
 SCORES = (
@@ -23,14 +31,18 @@ SCORES = (
     "bbox/AP75",
     "segm/AP",
 )
+JUDGED = ("panoptic_seg/PQ", "bbox/AP")
 
 
-def train_once(command: list[str], folder: Path, settings: str) -> dict[str, Any]:
+def train_once(
+    command: list[str], folder: Path, settings: str, stop_at: int | None = None
+) -> dict[str, Any]:
     """Train in ``folder`` by ``command``, unless its result is there.
 
     Args:
         command: Arguments of Python that train in ``folder`` and resume what they find there.
         settings: The run's whole config, in lines, which a run already in the folder must share.
+        stop_at: The iteration at which ``command`` stops, None for the end of training.
 
     Returns:
         The ``scores`` of the last evaluation, ``losses`` as pairs of iteration and total loss,
@@ -40,7 +52,8 @@ def train_once(command: list[str], folder: Path, settings: str) -> dict[str, Any
         ValueError: The folder holds a run with another config, or a damaged result.
         RuntimeError: The run failed.
     """
-    config, result, log = (folder / n for n in ("settings.yaml", "result.json", "output.txt"))
+    result = folder / (f"result_{stop_at}.json" if stop_at else "result.json")
+    config, log = folder / "settings.yaml", folder / "output.txt"
     if config.exists() and config.read_text() != settings:
         old = config.read_text().splitlines()
         first = next((x.strip() for x in settings.splitlines() if x not in old), "fewer keys")
@@ -93,3 +106,28 @@ def _read_metrics(path: Path) -> dict[str, Any]:
         "losses": [(i, steps[i]["total_loss"]) for i in sorted(steps)],
         "seconds_per_step": statistics.median(times) if times else math.nan,
     }
+
+
+def format_runs(runs: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """Format a table of the rows' results, and which differ beyond the noise."""
+    scores = {row: [r["scores"] for r in results] for row, results in runs.items()}
+    values = {
+        name: {row: [s[name] for s in held if name in s] for row, held in scores.items()}
+        for name in SCORES
+    }
+    present = [name for name in SCORES if any(values[name].values())]
+    table = [
+        [row, len(results)]
+        + [mean_and_spread(values[name][row]) for name in present]
+        + [
+            mean_and_spread([r["seconds_per_step"] for r in results], 3),
+            f"{fmean(r['peak_memory_mib'] for r in results):.0f}",
+        ]
+        for row, results in runs.items()
+    ]
+    names = [s.split("/")[1] if s.startswith("pan") else s.replace("/", " ") for s in present]
+    text = tabulate(table, ["G", "runs", *names, "s/step", "peak MiB"], disable_numparse=True)
+    for name in (name for name in JUDGED if name in present):
+        found = significant_differences(values[name])
+        text += f"\n{name}: differences beyond the noise (Tukey's range test, 5%): {found}"
+    return text

@@ -16,7 +16,15 @@ from torchvision.models.resnet import Bottleneck
 
 from gnpractical.runs.errors import first_line
 
-ARCHS = ("bottleneck20", "resnet18", "resnet34", "resnet50", "resnet101")
+ARCHS = (
+    "bottleneck11",
+    "bottleneck20",
+    "bottleneck47",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+)
 LAYOUT = {
     "pets": "oxford-iiit-pet/images and annotations",
     "caltech101": "caltech101/101_ObjectCategories, BACKGROUND_Google among them",
@@ -83,17 +91,17 @@ def open_classes(
 def build_classifier(
     arch: str, norm_layer: Callable[[int], nn.Module], num_classes: int
 ) -> nn.Module:
-    """A ResNet of torchvision's, or ``"bottleneck20"``, for images of some 32 pixels.
+    """A ResNet of torchvision's, or ``"bottleneck20"`` and its like, for images of some 32 pixels.
 
-    That has 20 weight layers: a 3x3 stem of stride 2, three stages of two bottlenecks with 64, 128
-    and 256 channels, and the classifier.
+    These have so many weight layers: a 3x3 stem of stride 2, three stages of one, two or five
+    bottlenecks with 64, 128 and 256 channels, and the classifier.
     """
-    if arch != "bottleneck20":
+    if not arch.startswith("bottleneck"):
         return get_model(arch, norm_layer=norm_layer, num_classes=num_classes)
     width = 32
     layers = [nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False), norm_layer(width), nn.ReLU()]
     for planes in (16, 32, 64):
-        for block in range(2):
+        for block in range((int(arch.removeprefix("bottleneck")) - 2) // 9):
             stride = 2 if planes > 16 and block == 0 else 1
             shortcut = None
             if block == 0:

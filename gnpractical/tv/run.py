@@ -27,7 +27,7 @@ HEADLINES = ("bbox/AP", "segm/AP", "panoptic_seg/PQ")  # the scores that are pri
 _LEAST = dict.fromkeys(("iterations", "batch_size", "checkpoint_period", "max_size"), 1)
 _LEAST |= dict.fromkeys(("calibration_batches", "min_size"), 1)
 _LEAST |= dict.fromkeys(
-    ("warmup", "match_batches", "workers", "lr", "weight_decay", "clip_grad_norm"), 0
+    ("warmup", "stop_at", "match_batches", "workers", "lr", "weight_decay", "clip_grad_norm"), 0
 )
 
 
@@ -92,7 +92,7 @@ def run(options: RunOptions) -> None:
             resume=options.resume,
             mismatch=options.checkpoint_mismatch,
         )
-        iteration = options.iterations - 1
+        iteration = options.last_iteration
     folder = os.path.join(options.output_dir, "inference")
     scores = evaluate(model, val, folder, device, options.workers)
     if scores:  # on rank 0

@@ -42,12 +42,14 @@ PRINT_PERIOD = 20
 class TrainingRecipe:
     """SGD; the learning rate rises for ``warmup`` iterations and falls along half a cosine.
 
+    Training stops after ``stop_at`` iterations if that is fewer, 0 for never, and can be resumed.
     ``batch_size`` is that of all processes together. The weights and biases of norms do not
     decay. Gradients are clipped to the norm ``clip_grad_norm``, 0 for not at all. With ``amp`` the
     forward pass is in mixed precision.
     """
 
     iterations: int = 270000
+    stop_at: int = 0
     batch_size: int = 16
     lr: float = 0.02
     warmup: int = 1000
@@ -60,6 +62,11 @@ class TrainingRecipe:
     workers: int = 2
     seed: int = 0
     amp: bool = False
+
+    @property
+    def last_iteration(self) -> int:
+        """The last one before the stop."""
+        return min(self.stop_at or self.iterations, self.iterations) - 1
 
 
 def train(
@@ -126,7 +133,7 @@ def train(
     steps: deque[dict[str, float]] = deque(maxlen=PRINT_PERIOD)
     writer = SummaryWriter(output_dir, purge_step=first) if rank() == 0 else None
     with writer or nullcontext():
-        for iteration in range(first, recipe.iterations):
+        for iteration in range(first, recipe.last_iteration + 1):
             start = time.perf_counter()
             lr = recipe.lr * _lr_factor(recipe, iteration)
             for group in optimizer.param_groups:
@@ -149,10 +156,12 @@ def train(
             scaler.step(optimizer)
             scaler.update()
             steps.append(values | {"lr": lr, "time": time.perf_counter() - start})
-            left = recipe.iterations - iteration - 1
+            left = recipe.last_iteration - iteration
             if writer and (left == 0 or (iteration + 1) % PRINT_PERIOD == 0):
                 _report(writer, iteration, left, steps)
             saver.step(iteration)
+            if iteration == recipe.last_iteration < recipe.iterations - 1:
+                checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
 
 
 def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -26,6 +26,20 @@ def metrics_of(cfg):
         return [json.loads(line) for line in f]
 
 
+def test_a_stop_keeps_the_schedule_and_is_resumed(tiny_cfg):
+    options = ["SOLVER.MAX_ITER", "4", "DATASETS.TEST", "()", "MODEL.GNP.STOP_AT"]
+    for stop, last in (("2", 1), ("0", 3)):
+        trainer = make_trainer(tiny_cfg(*options, stop), resume=True)
+        trainer.train()
+        assert trainer.iter == last + 1
+    rates = {line["iteration"]: line["lr"] for line in metrics_of(tiny_cfg(*options, "0"))}
+    whole = tiny_cfg(
+        "SOLVER.MAX_ITER", "4", "DATASETS.TEST", "()", "OUTPUT_DIR", f"{tiny_cfg().OUTPUT_DIR}2"
+    )
+    make_trainer(whole).train()
+    assert rates[3] == metrics_of(whole)[-1]["lr"]
+
+
 @pytest.mark.parametrize("config", ["pfpn_gnp_shapes.yaml", "faster_rcnn_gnp_ws_shapes.yaml"])
 def test_trains_evaluates_and_leaves_its_files(tiny_cfg, tmp_path, config):
     cfg = tiny_cfg(config=config)

@@ -1,12 +1,10 @@
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("detectron2", reason="Detectron2 is not installed")
-
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ["--config-file", "configs/quick/pfpn_gnp_shapes.yaml"]
@@ -31,6 +29,12 @@ def run(environment, tool, *args):
     )
 
 
+detectron2 = pytest.mark.skipif(
+    importlib.util.find_spec("detectron2") is None, reason="Detectron2 is not installed"
+)
+
+
+@detectron2
 @pytest.mark.slow
 def test_rows_are_trained_once_and_compared(environment, tmp_path, error_of):
     args = [*CONFIG, "--groups", "32", "measured", "--seeds", "1", "--output", tmp_path, *TINY]
@@ -66,6 +70,7 @@ def test_rows_are_trained_once_and_compared(environment, tmp_path, error_of):
     assert f"{damaged} is damaged" in error
 
 
+@detectron2
 @pytest.mark.parametrize(
     "tool, args, expected",
     [
@@ -87,6 +92,7 @@ def test_bad_input_in_one_line(tmp_path, error_of, tool, args, expected):
     assert expected in error_of(tool, *args)
 
 
+@detectron2
 @pytest.mark.slow
 def test_gradients_are_measured_for_every_row(environment, tmp_path):
     rows = ["--groups", "1", "measured", "--batches", "1"]
@@ -95,6 +101,42 @@ def test_gradients_are_measured_for_every_row(environment, tmp_path):
     lines = (tmp_path / "gradients.csv").read_text().splitlines()
     layers = sum(line.startswith("1,") for line in lines)
     assert len(lines) == 1 + 2 * layers and layers > 20
-    assert lines[0].startswith("row,layer,") and lines[0].endswith("skipped_calls,skipped_reason")
-    assert "Calibrated" in done.stdout and "K = 1 reachable" in done.stdout
-    assert (tmp_path / "gradients.png").stat().st_size > 0
+    assert lines[0].startswith("row,layer,in,out,G,rho,K(1),K(32),K(G),")
+    assert "K measured" in done.stdout and "law: correlation" in done.stdout
+    for name in ("gradients.png", "predicted.png"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+QUICK = ["--torchvision", "--quick", "--min-size", "64", "--lr", "0.001"]
+
+
+@pytest.mark.slow
+def test_a_search_on_torchvision(environment, tmp_path, error_of):
+    pytest.importorskip("optuna", reason="Optuna is not installed")
+    args = ["--search", "--groups", "cpg_8", "1", "--output", tmp_path, *QUICK]
+    done = run(environment, "compare_groups.py", *args, "--iterations", "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "The search cost 1.50 trainings instead of 2." in done.stdout
+    assert (tmp_path / "search.txt").read_text().startswith("G      at 1    at 2")
+    assert (tmp_path / "search.png").stat().st_size > 0
+    for row, norm in {"cpg_8": "GN_CPG_8", "1": "GN_1"}.items():
+        groups = json.loads((tmp_path / row / "seed1" / "groups.json").read_text())
+        assert {g["norm"] for g in groups} == {norm}
+        assert (tmp_path / row / "seed1" / "result_1.json").exists()
+    finished = [row for row in ("cpg_8", "1") if (tmp_path / row / "seed1/result.json").exists()]
+    assert f"Best: {finished[0]}." in done.stdout and len(finished) == 1
+    error = error_of("compare_groups.py", *args, "--iterations", "4")
+    assert "use another --output" in error
+
+
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        ([], "give either --config-file FILE, or --torchvision and its options"),
+        ([*QUICK, "--norm", "BN"], "--norm is set by the comparison: leave it out"),
+        ([*QUICK, "--iterations", "few"], "--iterations must be a number, got 'few'"),
+        (["--groups", "many", *QUICK], "--groups takes practical, closest"),
+    ],
+)
+def test_bad_input_on_torchvision(tmp_path, error_of, args, expected):
+    assert expected in error_of("compare_groups.py", "--output", tmp_path, *args)

@@ -136,6 +136,18 @@ def test_an_image_folder_with_batch_norm_and_the_weights_that_are_left(tmp_path)
     assert file["gnp_groups"]["1"]["num_groups"] == 16
 
 
+@pytest.mark.slow
+def test_search(caltech, tmp_path):
+    pytest.importorskip("optuna", reason="Optuna is not installed")
+    options = [*SMALL, "--data", caltech, "--groups", 1, 2, "--epochs", 2, "--search"]
+    done = run(*options, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "The search cost 1.50 trainings instead of 2." in done.stdout
+    assert (tmp_path / "out" / "search.png").stat().st_size > 0
+    again = run(*options, "--output", tmp_path / "out")
+    assert again.stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]
+
+
 @pytest.mark.parametrize(
     "args, expected",
     [

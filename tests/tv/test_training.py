@@ -75,6 +75,20 @@ def test_a_resumed_run_goes_on_where_it_was(tiny_panoptic, dataset, tmp_path):
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 0
 
 
+def test_a_stop_keeps_the_schedule_and_is_resumed(tiny_panoptic, dataset, tmp_path):
+    rates = {}
+    for stops in ((0,), (1, 0)):
+        folder = tmp_path / str(len(stops))
+        folder.mkdir()
+        for stop_at in stops:
+            train(tiny_panoptic(), dataset, recipe(2, stop_at=stop_at), str(folder), resume=True)
+        rates[stops] = {line["iteration"]: line["lr"] for line in metrics_of(folder)}
+    assert (tmp_path / "2" / "model_0000000.pth").exists()
+    assert rates[1, 0].keys() == {0, 1} and rates[1, 0][1] == rates[0,][1]
+    saved = torch.load(tmp_path / "2" / "model_final.pth", weights_only=True)
+    assert saved["iteration"] == 1
+
+
 def test_measured_counts_are_kept(tiny_panoptic, dataset, tmp_path, monkeypatch):
     model = tiny_panoptic(norm="GN_MEASURED")
     train(model, dataset, recipe(2), str(tmp_path))
