@@ -26,7 +26,7 @@ check: lint types test
 
 # A quarter of an hour on a quiet machine; see benchmarks/README.md.
 bench: setup
-	@for script in group_norm weight_standardization folding simulation_speed calibration; do \
+	@for script in group_norm weight_standardization folding simulation_speed law; do \
 	  echo "== $$script"; PYTHONWARNINGS=ignore $(BIN)/python benchmarks/$$script.py || exit 1; done
 	@if $(BIN)/python -c "import detectron2" 2>/dev/null; then \
 	  for script in "norm_overhead.py step" "norm_overhead.py ws" "norm_overhead.py build" "norm_overhead.py memory" frameworks.py probe_cost.py; do \

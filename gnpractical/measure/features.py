@@ -178,8 +178,10 @@ class _Block:
     def leave(self, z: Tensor) -> None:
         if len(z) < 2:
             return
-        features = F.normalize(z.flatten(1).float())
-        cosines = (features @ features.T).double()
+        features = z.flatten(1).float()
+        products = (features @ features.T).double()
+        lengths = products.diagonal().clamp(min=1e-12).sqrt()
+        cosines = products / (lengths * lengths[:, None])
         mean = (cosines.sum() - cosines.trace()) / (len(z) * (len(z) - 1))
         spectrum = torch.linalg.eigvalsh(cosines).clamp(min=1e-12) / len(z)
         rank = (-spectrum * spectrum.log()).sum().exp()
