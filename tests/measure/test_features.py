@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from gnpractical import feature_statistics, measure_gradient_variance
+from gnpractical.gradient_law import distinctness_gain
 from gnpractical.layers.weight_standardization import standardize_layer
 
 
@@ -82,8 +83,6 @@ def test_mean_shares_in_front_of_a_norm_and_behind_it():
 
 
 def test_distinctness_grows_by_the_laws_factor():
-    from gnpractical.gradient_law import distinctness_gain
-
     model = conv_net(16, channels=64, kernel_size=3, padding=1, padding_mode="circular")
     block = feature_statistics(model, [torch.randn(64, 32, 8, 8) + torch.randn(64, 32, 1, 1)])[1]
     distinct = (1 - block.mean_share) * distinctness_gain(8, block.mean_share)
@@ -164,3 +163,23 @@ def test_a_count_that_does_not_divide():
     block = feature_statistics(conv_net(kernel_size=1), [torch.randn(2, 32, 8, 8)])[1]
     with pytest.raises(ValueError, match="3 groups do not divide 64 channels"):
         block.gradient_variance_ratio(3)
+
+
+def test_depth_makes_features_alike_as_the_recursion_says():
+    """docs/THEORY.md, "The same factor rules the features"."""
+
+    def behind_relu(share):
+        return (math.sqrt(1 - share**2) + share * (math.pi - math.acos(share))) / math.pi
+
+    torch.manual_seed(0)
+    per_group, layers, share = 8, [], 0.0
+    for _ in range(5):
+        conv = nn.Conv2d(128, 128, 3, padding=1, bias=False, padding_mode="circular")
+        nn.init.kaiming_normal_(conv.weight)
+        layers += [conv, nn.GroupNorm(128 // per_group, 128), nn.ReLU()]
+    blocks = feature_statistics(nn.Sequential(*layers), [torch.randn(32, 128, 16, 16)])
+    for block in blocks:
+        assert block.mean_share == pytest.approx(share, abs=0.06)
+        behind = 1 - (1 - share) * distinctness_gain(per_group, share)
+        assert block.similarity == pytest.approx(behind, abs=0.08)
+        share = behind_relu(max(behind, 0.0))
