@@ -23,6 +23,7 @@ from statistics import fmean
 from tqdm import tqdm
 
 from gnpractical.measure.plots import learning_curves
+from gnpractical.paper.results import norm_name_of
 from gnpractical.paper.training_run import JUDGED, format_runs, train_once
 
 ROWS = ["32", "1", "practical"]
@@ -61,12 +62,20 @@ def rows_of(args):
     return Detectron2Rows(args.config_file, args.opts, args.num_gpus)
 
 
+def check_row(rows, row):
+    norm = norm_name_of(row)
+    try:
+        rows.check(norm)
+    except ValueError as e:
+        raise ValueError(f"row {row}: {e}") from None
+
+
 def train_row(args, rows, row, seed, stop_at=0):
     """Return the result of one training, started unless it has finished."""
     folder = args.output / row / f"seed{seed}"
-    tool, *options = rows.command(row, seed, folder, stop_at)
+    tool, *options = rows.command(norm_name_of(row), seed, folder, stop_at)
     command = [str(Path(__file__).with_name(tool)), *options]
-    return train_once(command, folder, rows.settings(row, seed), stop_at)
+    return train_once(command, folder, rows.settings(norm_name_of(row), seed), stop_at)
 
 
 def average_curve(results):
@@ -117,7 +126,7 @@ def main():
             raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
         rows = rows_of(args)
         for row in args.groups:
-            rows.check(row)
+            check_row(rows, row)
         if args.search:
             search(args, rows)
         else:

@@ -10,11 +10,10 @@ from detectron2.modeling import build_model
 from gnpractical.d2.config import load_config
 from gnpractical.d2.norm import group_norm_keys
 from gnpractical.measure.layer_report import group_report
-from gnpractical.paper.results import norm_name_of
 
 
 class Detectron2Rows:
-    """Every norm of a config that is a GroupNorm gets the row's groups.
+    """Every norm of a config that is a GroupNorm gets the row's ``norm``, such as "GN_32".
 
     Args:
         config_file, opts: As of ``load_config``.
@@ -29,27 +28,23 @@ class Detectron2Rows:
         self._config_file, self._opts, self._num_gpus = config_file, opts, num_gpus
         self._keys = group_norm_keys(load_config(config_file, opts))
 
-    def check(self, row: str) -> None:
-        """Raise ValueError if a model with this row cannot be built."""
-        cfg = load_config(self._config_file, self._options(row))
+    def check(self, norm: str) -> None:
+        """Raise ValueError if a model with this norm cannot be built."""
+        cfg = load_config(self._config_file, self._options(norm))
         cfg.MODEL.DEVICE = "cpu"
-        try:
-            rows = group_report(build_model(cfg))
-        except ValueError as e:
-            raise ValueError(f"row {row}: {e}") from None
-        if not any(r.norm == norm_name_of(row) for r in rows):
+        if not any(row.norm == norm for row in group_report(build_model(cfg))):
             raise ValueError(f"{self._config_file}: its model has no GroupNorm that rows could set")
 
-    def settings(self, row: str, seed: int) -> str:
+    def settings(self, norm: str, seed: int) -> str:
         """What a run depends on, in lines; not its folder, which may be given another name."""
-        options = [*self._options(row), "SEED", str(seed), "OUTPUT_DIR", ""]
+        options = [*self._options(norm), "SEED", str(seed), "OUTPUT_DIR", ""]
         return load_config(self._config_file, options).dump()
 
-    def command(self, row: str, seed: int, folder: Path, stop_at: int = 0) -> list[str]:
+    def command(self, norm: str, seed: int, folder: Path, stop_at: int = 0) -> list[str]:
         """Arguments of Python that train or go on training in ``folder``."""
         flags = ["--resume", "--num-gpus", str(self._num_gpus), "--config-file", self._config_file]
-        options = [*self._options(row), "SEED", str(seed), "MODEL.GNP.STOP_AT", str(stop_at)]
+        options = [*self._options(norm), "SEED", str(seed), "MODEL.GNP.STOP_AT", str(stop_at)]
         return ["train_net.py", *flags, *options, "OUTPUT_DIR", str(folder)]
 
-    def _options(self, row: str) -> list[str]:
-        return [*self._opts, *(word for key in self._keys for word in (key, norm_name_of(row)))]
+    def _options(self, norm: str) -> list[str]:
+        return [*self._opts, *(word for key in self._keys for word in (key, norm))]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gnpractical.paper.results import norm_name_of
 from gnpractical.tv import quick
+from gnpractical.tv.builders import norm_layer
 from gnpractical.tv.training import TrainingRecipe
 
 # Of these the comparison says itself what they are.
@@ -33,16 +33,16 @@ class TorchvisionRows:
             raise ValueError(f"--iterations must be a number, got {given!r}")
         self.iterations, self._options = int(given), list(options)
 
-    def check(self, row: str) -> None:
-        """Raise ValueError if there is no such row."""
-        norm_name_of(row)
+    def check(self, norm: str) -> None:
+        """Raise ValueError if there is no such norm."""
+        norm_layer(norm)
 
-    def settings(self, row: str, seed: int) -> str:
+    def settings(self, norm: str, seed: int) -> str:
         """What a run depends on, in lines."""
-        return "\n".join([*self._options, norm_name_of(row), str(seed)])
+        return "\n".join([*self._options, norm, str(seed)])
 
-    def command(self, row: str, seed: int, folder: Path, stop_at: int = 0) -> list[str]:
+    def command(self, norm: str, seed: int, folder: Path, stop_at: int = 0) -> list[str]:
         """Arguments of Python that train or go on training in ``folder``."""
-        run = ["--norm", norm_name_of(row), "--seed", str(seed), "--output-dir", str(folder)]
+        run = ["--norm", norm, "--seed", str(seed), "--output-dir", str(folder)]
         stop = ["--stop-at", str(stop_at)]
         return ["train_torchvision.py", *self._options, *run, *stop, "--resume"]
