@@ -58,6 +58,7 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
     n = len(annotations)
     unknown = Problem("unknown category", n)
     bad_size = Problem("mask of another size than its image", n)
+    undrawable = Problem("mask that cannot be drawn", n)
     bad_box = Problem("box outside its image, or empty", n, MAX_DROPPED)
     bad_mask = Problem("empty mask, or outside its image", n, MAX_DROPPED)
     orphan = Problem("image id without image (ignored)", n, tolerated=0.99)
@@ -78,13 +79,15 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
             if isinstance(mask, dict) and list(mask["size"]) != [image["height"], image["width"]]:
                 size = f"{image['height']}x{image['width']}"
                 bad_size.offenders.append(f"{name} {mask['size']} in {size} (height x width)")
+            elif mask and (reason := _undrawable(mask, image)):
+                undrawable.offenders.append(f"{name} ({reason})")
             elif mask and _is_empty(mask, image):
                 bad_mask.offenders.append(name)
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, IndexError) as e:
             raise ValueError(f"{name} is malformed: {type(e).__name__}: {e}") from e
     repeated = [_repeated(data, key) for key in ("annotations", "images", "categories")]
     missing = _missing_files([i["file_name"] for i in images.values()], files, "image")
-    problems = [unknown, *repeated, missing, bad_size, bad_box, bad_mask, orphan]
+    problems = [unknown, *repeated, missing, bad_size, undrawable, bad_box, bad_mask, orphan]
     return [p for p in problems if p.offenders]
 
 
@@ -150,6 +153,41 @@ def _repeated(data: Json, key: str) -> Problem:
     counts = Counter(entry["id"] for entry in data[key])
     repeated = [str(id) for id, count in counts.items() if count > 1]
     return Problem(f"id used twice in {key!r}", len(data[key]), offenders=repeated)
+
+
+def _undrawable(segmentation: Any, image: Json) -> str:
+    """Why pycocotools, which checks nothing, would fail on a mask or write past its memory."""
+    height, width = image["height"], image["width"]
+    if isinstance(segmentation, dict):
+        counts = segmentation["counts"]
+        runs = counts if isinstance(counts, list) else _runs(counts)
+        if (
+            not all(isinstance(run, int) and run >= 0 for run in runs)
+            or sum(runs) != height * width
+        ):
+            return f"its counts must be natural numbers and add up to {height * width}"
+        return ""
+    far = 4 * max(height, width)  # polygons may overhang, but not by several images
+    if not all(-far <= c <= far for polygon in segmentation for c in polygon):
+        return f"its coordinates must be numbers between {-far} and {far}"
+    return ""
+
+
+def _runs(counts: str | bytes) -> list[int]:
+    """The run lengths in COCO's compressed form: from the third on, differences to the one before
+    the last, in groups of five bits, the lowest first, with a sixth where more follow."""
+    runs: list[int] = []
+    data = iter(counts.encode() if isinstance(counts, str) else counts)
+    for byte in data:
+        value, shift = (byte - 48) & 0x1F, 5
+        while (byte - 48) & 0x20:
+            byte = next(data, 48)
+            value |= ((byte - 48) & 0x1F) << shift
+            shift += 5
+        if (byte - 48) & 0x10:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+    return runs
 
 
 def _is_empty(segmentation: Any, image: Json) -> bool:

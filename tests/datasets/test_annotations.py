@@ -1,8 +1,10 @@
 import copy
 
+import numpy as np
+import pycocotools.mask as coco_mask
 import pytest
 
-from gnpractical.datasets.annotations import check_instances, check_panoptic
+from gnpractical.datasets.annotations import _runs, check_instances, check_panoptic
 
 SQUARE = [[10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]]
 
@@ -38,6 +40,23 @@ def test_sound_annotations_have_no_problems():
         ({"bbox": [1, 1, 2, float("nan")]}, "box outside", "annotation 9"),
         ({"bbox": [1, 1, float("inf"), 2]}, "box outside", "annotation 9"),
         ({"segmentation": [[1.0, 2.0]]}, "empty mask", "annotation 9"),
+        ({"segmentation": [[1e8, 2.0] * 4]}, "mask that cannot be drawn", "between -400 and 400"),
+        ({"segmentation": [[1.0, float("nan")] * 4]}, "mask that cannot be drawn", "coordinates"),
+        (
+            {"segmentation": {"size": [50, 100], "counts": [10, 10**9]}},
+            "mask that cannot be drawn",
+            "add up to 5000",
+        ),
+        (
+            {"segmentation": {"size": [50, 100], "counts": [-10, 5010]}},
+            "mask that cannot be drawn",
+            "add up to 5000",
+        ),
+        (
+            {"segmentation": {"size": [50, 100], "counts": "oooooo0"}},
+            "mask that cannot be drawn",
+            "add up to 5000",
+        ),
         ({"segmentation": [[1.0, 2.0, 9.0, 2.0, 9.0, 9.0, 5.0]]}, "empty mask", "annotation 9"),
         ({"segmentation": [[-9.0, 2.0, -5.0, 2.0, -5.0, 9.0]]}, "empty mask", "annotation 9"),
         ({"segmentation": {"size": [50, 100], "counts": [5000]}}, "empty mask", "annotation 9"),
@@ -55,6 +74,19 @@ def test_each_problem_names_its_offender_and_is_refused(change, kind, offender):
     (problem,) = check_instances(data, ["a.jpg"])
     assert problem.kind.startswith(kind) and problem.refuse
     assert offender in str(problem) and "1 of 1" in str(problem)
+
+
+def test_compressed_run_lengths_are_those_that_pycocotools_writes():
+    rng = np.random.default_rng(0)
+    for share in (0.0, 0.02, 0.5, 1.0):
+        mask = (rng.random((50, 100)) < share).astype(np.uint8)
+        rle = coco_mask.encode(np.asfortranarray(mask))
+        data = sound()
+        data["annotations"][0]["segmentation"] = {"size": [50, 100], "counts": rle["counts"]}
+        kinds = [problem.kind for problem in check_instances(data)]
+        assert kinds == ([] if share else ["empty mask, or outside its image"])
+        assert sum(_runs(rle["counts"])) == 5000
+        assert sum(_runs(rle["counts"])[1::2]) == mask.sum()
 
 
 @pytest.mark.parametrize(
