@@ -139,7 +139,8 @@ class PracticalGroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            self._check(input)
+            if not isinstance(input, torch.fx.Proxy):  # whose sizes are not known
+                self._check(input)
         # Not F.group_norm, which refuses groups of a single value for a batch of one only.
         return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 

@@ -44,12 +44,21 @@ def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
     return F.layer_norm(wide, weight.shape[1:], unbiased, eps=eps**2).to(weight.dtype)
 
 
+torch.fx.wrap("standardize_weight")  # a traced weight's shape and type are not known
+
+
 class WSConv2d(nn.Conv2d):
     """``nn.Conv2d`` that convolves with its standardized weight; same state_dict keys."""
 
     # The public forward() of nn.Conv2d offers no other place between the weight and its use.
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return super()._conv_forward(input, standardize_weight(weight), bias)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            "torch.jit.script cannot compile weight standardization: first call "
+            "gnpractical.fold_weight_standardization(model), or export with torch.export"
+        )
 
 
 # The standardized class of each class of convolution; gnpractical.d2 adds Detectron2's.

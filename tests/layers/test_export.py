@@ -90,3 +90,26 @@ def test_onnx(build, folded, tmp_path):
     (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(out), reference(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weight_standardization", [False, True])
+def test_torch_fx(weight_standardization):
+    torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = torchvision.models.resnet18().eval()
+    x = torch.randn(2, 3, 64, 64)
+    convert(model, x, weight_standardization=weight_standardization)
+    features = create_feature_extractor(model, ["layer2", "fc"])(x)
+    assert features["layer2"].shape == (2, 128, 8, 8)
+    torch.testing.assert_close(features["fc"], model(x))
+
+
+def test_scripting_weight_standardization_says_what_to_do():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8))
+    convert(model, torch.randn(1, 3, 8, 8), weight_standardization=True)
+    with pytest.raises(RuntimeError, match="first call gnpractical.fold_weight_standardization"):
+        torch.jit.script(model)
+    fold_weight_standardization(model)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
