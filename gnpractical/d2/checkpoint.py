@@ -67,6 +67,7 @@ class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
             return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
         return loaded
 
+    whole_model_advice = "Take the config and the data sets that it was trained with."
     load_anyway = "MODEL.GNP.CHECKPOINT_MISMATCH warn"
 
     def resnet_advice(self, resnet: PretrainedResNet) -> str:

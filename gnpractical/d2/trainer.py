@@ -173,13 +173,22 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def evaluate(cls, cfg: CfgNode, *, resume: bool) -> dict:
-        """Evaluate ``MODEL.WEIGHTS``, or with ``resume`` OUTPUT_DIR's last checkpoint."""
+        """Evaluate ``MODEL.WEIGHTS``, or with ``resume`` OUTPUT_DIR's last checkpoint.
+
+        Raises:
+            ValueError: There is neither, or the file lacks a part of the model.
+        """
         _log_to(cfg.OUTPUT_DIR)
         if comm.is_main_process():
             check_datasets(cfg, cfg.DATASETS.TEST)
         comm.synchronize()
         model = cls.build_model(cfg)
-        GNPCheckpointer.from_config(cfg, model).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
+        checkpointer = GNPCheckpointer.from_config(cfg, model)
+        path = (resume and checkpointer.get_checkpoint_file()) or cfg.MODEL.WEIGHTS
+        if not path:
+            nor = f", and there is no checkpoint in {cfg.OUTPUT_DIR!r}" if resume else ""
+            raise ValueError(f"There is nothing to evaluate: MODEL.WEIGHTS is empty{nor}")
+        checkpointer.load_all(path, checkpointables=[])
         return cls.test(cfg, model)
 
 

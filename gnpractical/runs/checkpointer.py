@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ class GroupCheckpointer(Checkpointer):
         """The weights for the images that this model takes, and what to change to match them."""
         raise NotImplementedError
 
+    whole_model_advice = ""  # what to do when a file lacks a part of the model
     load_anyway = ""  # what to change so that a file is loaded though it does not match
+    _needs_all = False  # whether everything of the model has to be in the file
     _backbone_only = False  # whether a file's ResNet is wanted, and nothing else of it
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -129,6 +132,11 @@ class GroupCheckpointer(Checkpointer):
         if path and "://" not in path and not os.path.isfile(path.partition("?")[0]):
             raise ValueError(f"Checkpoint {path!r} does not exist")
         return super().load(path, checkpointables)
+
+    def load_all(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """As ``load``, but raise ValueError unless the file has all weights of the model."""
+        self._needs_all = True
+        return self.load(path, checkpointables)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
@@ -199,7 +207,13 @@ class GroupCheckpointer(Checkpointer):
         return {"model": tensors, RECORD_KEY: record}
 
     def _torch_load(self, f: str) -> Any:
-        return torch.load(f, map_location="cpu", weights_only=True)
+        loaded = torch.load(f, map_location="cpu", weights_only=True)
+        # torch.save writes checksums, and torch.load does not look at them.
+        if isinstance(loaded, dict) and RECORD_KEY in loaded and zipfile.is_zipfile(f):
+            with zipfile.ZipFile(f) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"the checksum of its part {damaged} is wrong")
+        return loaded
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         weights = checkpoint["model"]
@@ -225,6 +239,12 @@ class GroupCheckpointer(Checkpointer):
             raise ValueError(
                 f"{self._loading}: none of the model's {len(parameters)} parameters is in this "
                 f"file; it belongs to another model."
+            )
+        odd = [*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)]
+        if self._needs_all and odd:
+            raise ValueError(
+                f"{self._loading} is of another model: {len(odd)} of the weights are missing or "
+                f"of another shape, first {odd[0]}. {self.whole_model_advice}"
             )
         if self._begins:
             self.other_norms = other_norms

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,8 +20,7 @@ DEPTHS = (18, 34, 50, 101)  # of the ResNets that the builders know
 class TorchvisionCheckpointer(GroupCheckpointer):
     """A :class:`GroupCheckpointer` whose errors name the script's options."""
 
-    _needs_all = False  # whether every parameter of the model has to be in the file
-
+    whole_model_advice = "Choose --model, --depth, --quick and --dataset as it was trained with."
     load_anyway = "--checkpoint-mismatch warn"
 
     def advice(self, differing: list[str], record: GroupRecord) -> str:
@@ -95,19 +93,3 @@ class TorchvisionCheckpointer(GroupCheckpointer):
         else:
             self.load(weights, checkpointables=[])
         return 0
-
-    def load_all(self, path: str, **kwargs: Any) -> dict[str, Any]:
-        """As ``load``, but raise ValueError unless the file has every parameter of the model."""
-        self._needs_all = True
-        return self.load(path, **kwargs)
-
-    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        incompatible = super()._load_model(checkpoint)
-        odd = [*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)]
-        if self._needs_all and odd:
-            raise ValueError(
-                f"{self._loading} is of another model: {len(odd)} of the weights are missing or "
-                f"of another shape, first {odd[0]}. Choose --model, --depth, --quick and --dataset "
-                f"as it was trained with."
-            )
-        return incompatible

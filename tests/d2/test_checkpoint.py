@@ -13,6 +13,7 @@ from detectron2.layers import Conv2d, get_norm
 from torch import nn
 
 from gnpractical.d2.checkpoint import GNPCheckpointer
+from gnpractical.d2.trainer import Trainer
 from gnpractical.layers.weight_standardization import apply_weight_standardization
 from gnpractical.runs.array_pickle import load_arrays
 from gnpractical.runs.group_record import RECORD_KEY, GroupMismatch, group_record
@@ -281,3 +282,15 @@ def test_detectron2s_options_behind_a_question_mark(tmp_path):
     assert same(saved, other)
     with pytest.raises(ValueError, match="query"):
         GNPCheckpointer(other).load(f"{tmp_path}/renamed.pth?matching=True")
+
+
+def test_nothing_is_scored_that_was_not_loaded(tiny_cfg, tmp_path):
+    with pytest.raises(ValueError, match="nothing to evaluate: MODEL.WEIGHTS is empty$"):
+        Trainer.evaluate(tiny_cfg(), resume=False)
+    with pytest.raises(ValueError, match="is empty, and there is no checkpoint in"):
+        Trainer.evaluate(tiny_cfg(), resume=True)
+    model = Trainer.build_model(tiny_cfg())
+    part = {k: v for k, v in model.state_dict().items() if not k.startswith("roi_heads.")}
+    torch.save({"model": part}, tmp_path / "part.pth")
+    with pytest.raises(ValueError, match="of another model: .* missing .*first roi_heads"):
+        Trainer.evaluate(tiny_cfg("MODEL.WEIGHTS", str(tmp_path / "part.pth")), resume=False)

@@ -301,3 +301,15 @@ def test_names_of_other_tensors_are_none():
     ):
         assert torchvision_name(key) is None
     assert recognize({"features.0.weight": torch.zeros(1)}, {}) is None
+
+
+def test_a_flipped_byte_is_found(tmp_path):
+    model = small(norm="GN_1")
+    TorchvisionCheckpointer(model, str(tmp_path)).save("own")
+    path = tmp_path / "own.pth"
+    content = bytearray(path.read_bytes())
+    weight = model.roi_heads.box_head[-2].weight.detach().numpy().tobytes()[:64]
+    content[content.find(weight) + 10] ^= 0x40
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="own.pth is no checkpoint that can be loaded.*checksum"):
+        TorchvisionCheckpointer(model).load(str(path))
