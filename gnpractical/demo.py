@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 from pathlib import Path
 
-from gnpractical.runs.errors import first_line
+from gnpractical.runs.errors import in_one_line
 from gnpractical.runs.output_dir import check_output_dir
 
 
@@ -65,7 +64,7 @@ def main() -> None:
     parser.add_argument("--output-dir", default="output/demo", metavar="DIR")
     parser.add_argument("--iterations", type=int, metavar="N", help="steps of training")
     args = parser.parse_args()
-    try:
+    with in_one_line():
         if args.iterations is not None and args.iterations < 1:
             raise ValueError(f"--iterations must be at least 1, got {args.iterations}")
         check_output_dir(args.output_dir, "--output-dir")
@@ -83,8 +82,6 @@ def main() -> None:
                 "the demo needs Detectron2, or torchvision and TensorBoard, and neither can be "
                 "imported; install the latter two: pip install tensorboard torchvision"
             )
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {first_line(e)}")
 
 
 if __name__ == "__main__":

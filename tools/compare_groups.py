@@ -25,6 +25,7 @@ from tqdm import tqdm
 from gnpractical.measure.plots import learning_curves
 from gnpractical.paper.results import norm_name_of
 from gnpractical.paper.training_run import JUDGED, format_runs, train_once
+from gnpractical.runs.errors import in_one_line
 
 ROWS = ["32", "1", "practical"]
 SEARCHED = ["cpg_1", "cpg_2", "cpg_4", "cpg_8", "cpg_16", "1", "upto_32", "practical"]
@@ -121,19 +122,17 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a run does not outlive this
     args.groups = args.groups or (SEARCHED if args.search else ROWS)
     args.seeds = (1 if args.search else 3) if args.seeds is None else args.seeds
-    try:
-        if args.seeds < 1:
-            raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
-        rows = rows_of(args)
-        for row in args.groups:
-            check_row(rows, row)
-        if args.search:
-            search(args, rows)
-        else:
-            compare(args, rows)
-    except (ValueError, OSError, RuntimeError, ImportError) as e:
-        sys.exit(f"error: {e}")
+    if args.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
+    rows = rows_of(args)
+    for row in args.groups:
+        check_row(rows, row)
+    if args.search:
+        search(args, rows)
+    else:
+        compare(args, rows)
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_line():
+        main()

@@ -15,7 +15,6 @@ import argparse
 import csv
 import logging
 import math
-import sys
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -41,6 +40,7 @@ from gnpractical.measure.gradient_isometry import agreement
 from gnpractical.measure.plots import block_gradients, predicted_and_measured
 from gnpractical.num_groups import check_width
 from gnpractical.paper.results import norm_name_of
+from gnpractical.runs.errors import in_one_line
 
 ROWS = ["32", "1", "practical", "exact", "measured"]
 
@@ -116,26 +116,24 @@ def write_csv(tables, path):
 def main():
     args = parse_args()
     logging.basicConfig(level=logging.WARNING)
-    try:
-        cfg = load_config(args.config_file, args.opts)
-        adapt_to_device(cfg)
-        norms = {row: norm_name_of(row) for row in args.groups}
-        check_width("--batches", args.batches)
-        args.output.mkdir(parents=True, exist_ok=True)
-        check_datasets(cfg, cfg.DATASETS.TRAIN)
-        with EventStorage():
-            gradients, features = measure(args, cfg, norms)
-        tables = {row: block_records(b, features[row]) for row, b in gradients.items()}
-        pairs = report(tables)
-        write_csv(tables, args.output / "gradients.csv")
-        law = {row: {r["layer"]: r["K(G)"] for r in table} for row, table in tables.items()}
-        title = args.config_file
-        block_gradients(gradients, law, args.output / "gradients.png", title=title)
-        predicted_and_measured(pairs, args.output / "predicted.png", title=title)
-    except (ValueError, TypeError, OSError) as e:
-        sys.exit(f"error: {e}")
+    cfg = load_config(args.config_file, args.opts)
+    adapt_to_device(cfg)
+    norms = {row: norm_name_of(row) for row in args.groups}
+    check_width("--batches", args.batches)
+    args.output.mkdir(parents=True, exist_ok=True)
+    check_datasets(cfg, cfg.DATASETS.TRAIN)
+    with EventStorage():
+        gradients, features = measure(args, cfg, norms)
+    tables = {row: block_records(b, features[row]) for row, b in gradients.items()}
+    pairs = report(tables)
+    write_csv(tables, args.output / "gradients.csv")
+    law = {row: {r["layer"]: r["K(G)"] for r in table} for row, table in tables.items()}
+    title = args.config_file
+    block_gradients(gradients, law, args.output / "gradients.png", title=title)
+    predicted_and_measured(pairs, args.output / "predicted.png", title=title)
     print(f"Written to {args.output}: gradients.csv, gradients.png, predicted.png")
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_line():
+        main()

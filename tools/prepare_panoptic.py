@@ -8,10 +8,10 @@ writes <root>/panoptic_stuff_{train,val}2017/. Interrupted, it goes on where it 
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from gnpractical.datasets.panoptic import prepare_semantic
+from gnpractical.runs.errors import in_one_line
 
 
 def main():
@@ -34,18 +34,15 @@ def main():
         annotations = args.root / "annotations" / f"panoptic_{split}.json"
         output = (args.output or args.root) / f"panoptic_stuff_{split}"
         if not annotations.is_file():
-            sys.exit(
-                f"error: {annotations} does not exist; --root must hold annotations/ with COCO's "
+            raise ValueError(
+                f"{annotations} does not exist; --root must hold annotations/ with COCO's "
                 f"panoptic annotations, and panoptic_{split}/ with their PNGs"
             )
-        try:
-            written = prepare_semantic(
-                annotations, args.root / f"panoptic_{split}", output, workers=args.workers
-            )
-        except (ValueError, OSError) as e:
-            sys.exit(f"error: {e}")
+        pngs = args.root / f"panoptic_{split}"
+        written = prepare_semantic(annotations, pngs, output, workers=args.workers)
         print(f"{output}: {written} files written")
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_line():
+        main()

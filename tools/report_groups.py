@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 
 from gnpractical import format_report, group_report
 from gnpractical.d2 import load_config
+from gnpractical.runs.errors import in_one_line
 
 
 def parse_args():
@@ -31,12 +32,9 @@ def parse_args():
 def main():
     args = parse_args()
     logging.basicConfig(level=logging.WARNING)
-    try:
-        cfg = load_config(args.config_file, args.opts, allow_unsafe=args.allow_unsafe_config)
-        cfg.MODEL.DEVICE = "cpu"
-        rows = group_report(build_model(cfg))
-    except (ValueError, KeyError, AssertionError) as e:
-        sys.exit(f"error: {e}")
+    cfg = load_config(args.config_file, args.opts, allow_unsafe=args.allow_unsafe_config)
+    cfg.MODEL.DEVICE = "cpu"
+    rows = group_report(build_model(cfg))
     records = [dataclasses.asdict(row) | {"flags": row.flags} for row in rows]
     if args.format == "table":
         print(format_report(rows))
@@ -49,4 +47,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_line():
+        main()

@@ -13,7 +13,6 @@ this tool's. An interrupted experiment goes on where it was. Every run leaves it
 
 import argparse
 import json
-import sys
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,6 +26,7 @@ from gnpractical.layers import group_norm_from_name
 from gnpractical.paper.classifier import fit
 from gnpractical.paper.results import Results, check_options, format_results, norm_name_of
 from gnpractical.runs.device import resolve_device
+from gnpractical.runs.errors import in_one_line
 from gnpractical.runs.group_record import RECORD_KEY, group_record
 from gnpractical.runs.output_dir import write_atomically, write_text
 from gnpractical.tv.classification import ARCHS, LAYOUT, build_classifier, open_classes
@@ -140,10 +140,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
+    with in_one_line():
         main(parse_args())
-    except torch.cuda.OutOfMemoryError:
-        sys.exit("error: the GPU's memory must hold a batch, but is too small. Lower --batch-size.")
-    except (ValueError, OSError, ImportError) as e:
-        # An error in a loading process arrives with its traceback, the message last.
-        sys.exit(f"error: {str(e).strip().splitlines()[-1]}")

@@ -11,7 +11,6 @@ agree. An interrupted experiment goes on where it was, within a run by the epoch
 """
 
 import argparse
-import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -26,7 +25,7 @@ from gnpractical.num_groups import check_num_groups
 from gnpractical.paper.classifier import fit
 from gnpractical.paper.results import Results, check_options, format_results, norm_name_of
 from gnpractical.runs.device import resolve_device
-from gnpractical.runs.errors import first_line
+from gnpractical.runs.errors import first_line, in_one_line
 
 PIXELS, HIDDEN, CLASSES = 28 * 28, 512, 10
 MEAN, STD = 0.1307, 0.3081  # of MNIST's training pixels, scaled to [0, 1]
@@ -141,7 +140,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
+    with in_one_line():
         main(parse_args())
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")

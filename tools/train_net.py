@@ -6,8 +6,6 @@
 Also under torchrun, which then says how many processes there are.
 """
 
-import sys
-
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -15,6 +13,7 @@ from detectron2.utils import comm
 from gnpractical.d2 import load_config
 from gnpractical.d2.launch import check_processes, launch
 from gnpractical.d2.trainer import Trainer, adapt_to_device
+from gnpractical.runs.errors import in_one_line
 from gnpractical.runs.output_dir import check_output_dir
 
 
@@ -26,6 +25,11 @@ def read_config(args):
 
 
 def main(args, cfg):
+    with in_one_line():
+        return run(args, cfg)
+
+
+def run(args, cfg):
     default_setup(cfg, args)
     if args.eval_only:
         results = Trainer.evaluate(cfg, resume=args.resume)
@@ -52,10 +56,8 @@ def parse_args():
 
 if __name__ == "__main__":
     arguments = parse_args()
-    try:  # in one line, before any process is started
+    with in_one_line():  # before any process is started
         config = read_config(arguments)
         check_processes(arguments)
         check_output_dir(config.OUTPUT_DIR, "OUTPUT_DIR")
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    launch(main, arguments, config)
+        launch(main, arguments, config)

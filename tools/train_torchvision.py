@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from gnpractical.layers.group_norm import norm_names
+from gnpractical.runs.errors import in_one_line
 from gnpractical.tv import quick
 from gnpractical.tv.builders import DEPTHS
 from gnpractical.tv.run import MODELS, RunOptions, run
@@ -76,9 +77,5 @@ def parse_args():
 
 
 if __name__ == "__main__":
-    try:
+    with in_one_line():
         run(RunOptions(**vars(parse_args())))
-    except (ValueError, OSError, FloatingPointError) as e:
-        # Of an error in a loader process the last line is its message.
-        lines = str(e).strip().splitlines() or [type(e).__name__]
-        sys.exit(f"error: {lines[-1].removeprefix('ValueError: ')}")

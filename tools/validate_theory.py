@@ -16,7 +16,6 @@ import contextlib
 import csv
 import dataclasses
 import math
-import sys
 from pathlib import Path
 
 from tabulate import tabulate
@@ -26,6 +25,7 @@ from gnpractical.measure.plots import isometry_curve, predicted_and_measured
 from gnpractical.paper.convolutions import SETTINGS, simulate_convolutions
 from gnpractical.paper.gain_table import format_gains, gain_table
 from gnpractical.paper.simulation import PAPER_ROWS, SWEEP_ROWS, simulate
+from gnpractical.runs.errors import in_one_line
 
 
 def parse_args():
@@ -117,11 +117,9 @@ def write_csv(file, records):
 
 def main():
     args = parse_args()
-    try:
-        args.run(args)
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
+    args.run(args)
 
 
 if __name__ == "__main__":
-    main()
+    with in_one_line():
+        main()

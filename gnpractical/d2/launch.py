@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
 
 from gnpractical.runs.torchrun import join_torchrun, under_torchrun
 
@@ -34,14 +36,17 @@ def launch(main: Main, args: argparse.Namespace, cfg: CfgNode) -> Any:
         # Only after success: the others may never come to tear down, and torchrun ends them.
         dist.destroy_process_group()
         return results
-    return detectron2_launch(
-        _share_cores,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(main, args, cfg),
-    )
+    try:
+        return detectron2_launch(
+            _share_cores,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(main, args, cfg),
+        )
+    except ProcessExitedException as e:  # which has said why
+        sys.exit(e.exit_code or 1)
 
 
 def check_processes(args: argparse.Namespace) -> None:
