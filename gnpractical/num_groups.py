@@ -20,6 +20,8 @@ from fractions import Fraction
 from functools import lru_cache
 from numbers import Integral, Real
 
+# No layer is as wide, and finding the divisors takes as many steps as the root of this.
+_MAX_WIDTH = 2**31 - 1
 RULES = ("practical", "closest", "exact")
 
 
@@ -114,11 +116,12 @@ def divisors(n: int) -> Sequence[int]:
 
 
 def check_width(name: str, value: int) -> None:
-    """Raise TypeError or ValueError, naming the argument, unless ``value`` is an int >= 1."""
+    """Raise TypeError or ValueError, naming the argument, unless it is an int of 1 to 2^31 - 1."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if not 1 <= value <= _MAX_WIDTH:
+        least = "at least 1" if value < 1 else f"at most {_MAX_WIDTH}"
+        raise ValueError(f"{name} must be {least}, got {value}")
 
 
 def check_num_groups(num_groups: int, out_channels: int) -> None:

@@ -142,6 +142,11 @@ def test_widths_below_one(bad):
         ideal_num_groups(64, bad)
 
 
+def test_widths_that_no_layer_has():
+    with pytest.raises(ValueError, match="out_channels must be at most 2147483647, got 10000"):
+        practical_num_groups(64, 10**18)
+
+
 @pytest.mark.parametrize("bad", [64.0, True, "64", None])
 def test_widths_of_other_types(bad):
     with pytest.raises(TypeError, match="in_channels must be an integer"):

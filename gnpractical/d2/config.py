@@ -13,6 +13,24 @@ from detectron2.config import CfgNode, get_cfg
 from gnpractical.d2.norm import check_norm_names, flatten
 
 MISMATCH_CHOICES = ("error", "warn", "ignore")
+_DEPTHS = (18, 34, 50, 101, 152)
+_LEAST = {
+    "MODEL.GNP.CALIBRATION_BATCHES": 1,
+    "MODEL.GNP.MATCH_BATCHES": 0,
+    "MODEL.GNP.PROBE_PERIOD": 0,
+    "MODEL.GNP.STOP_AT": 0,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 1,
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": 1,
+    "SOLVER.MAX_ITER": 1,
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.BASE_LR": 0,
+    "SOLVER.WARMUP_ITERS": 0,
+    "TEST.EVAL_PERIOD": 0,
+    "DATALOADER.NUM_WORKERS": 0,
+}
+# Aliases of YAML that a config needs at most. A few that refer to one another unfold to gigabytes.
+_MAX_ALIASES = 50
 
 
 def add_gnp_config(cfg: CfgNode) -> None:
@@ -56,6 +74,7 @@ def load_config(
         if not os.path.isfile(config_file):
             raise ValueError(f"Config file {config_file!r} does not exist (in {os.getcwd()})")
         try:
+            _check_yaml(config_file)
             cfg.merge_from_file(config_file, allow_unsafe=allow_unsafe)
         except RecursionError as e:
             raise ValueError(f"{config_file}: its _BASE_ leads back to itself") from e
@@ -69,6 +88,13 @@ def load_config(
         raise ValueError(f"command line: {_explain(e, cfg)}") from e
     _check(cfg)
     return cfg
+
+
+def _check_yaml(path: str) -> None:
+    with open(path, encoding="utf-8") as f:
+        aliases = sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(f))
+    if aliases > _MAX_ALIASES:
+        raise ValueError(f"it has {aliases} YAML aliases (*name); {_MAX_ALIASES} are admitted")
 
 
 def _check(cfg: CfgNode) -> None:
@@ -87,10 +113,15 @@ def _check(cfg: CfgNode) -> None:
             f"MODEL.GNP.CHECKPOINT_MISMATCH must be one of {', '.join(MISMATCH_CHOICES)}; "
             f"got {cfg.MODEL.GNP.CHECKPOINT_MISMATCH!r}"
         )
-    counts = {"CALIBRATION_BATCHES": 1, "MATCH_BATCHES": 0, "PROBE_PERIOD": 0, "STOP_AT": 0}
-    for key, least in counts.items():
-        if cfg.MODEL.GNP[key] < least:
-            raise ValueError(f"MODEL.GNP.{key} must be at least {least}, got {cfg.MODEL.GNP[key]}")
+    for key, least in _LEAST.items():
+        value = flatten(cfg)[key]
+        if not value >= least:
+            raise ValueError(f"{key} must be at least {least}, got {value}")
+    if cfg.MODEL.RESNETS.DEPTH not in _DEPTHS:
+        raise ValueError(
+            f"MODEL.RESNETS.DEPTH must be one of {', '.join(map(str, _DEPTHS))}; "
+            f"got {cfg.MODEL.RESNETS.DEPTH}"
+        )
 
 
 def _explain(error: Exception, cfg: CfgNode) -> str:

@@ -43,5 +43,12 @@ def check_datasets(cfg: CfgNode, names: tuple[str, ...]) -> None:
         is_coco = metadata.get("evaluator_type") in ("coco", "coco_panoptic_seg")
         if not is_coco or "2014_" in name:
             files.pop("json_file", None)
+        things = len(metadata.get("thing_classes", ()))
+        has_roi_heads = cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN")
+        if has_roi_heads and things > cfg.MODEL.ROI_HEADS.NUM_CLASSES:
+            raise ValueError(
+                f"Data set {name} has {things} classes: set MODEL.ROI_HEADS.NUM_CLASSES {things}, "
+                f"not {cfg.MODEL.ROI_HEADS.NUM_CLASSES}"
+            )
         remedy = "set MODEL.GNP.CHECK_ANNOTATIONS False"
         check_annotations(name, files, remedy)

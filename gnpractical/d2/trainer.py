@@ -105,21 +105,21 @@ class Trainer(DefaultTrainer):
     def train(self) -> Any:
         model = self.checkpointer.model  # not wrapped for DDP
         if any(norm.num_groups is None for norm in measured_norms(model).values()):
-            batches = self.extra_batches(self.cfg.MODEL.GNP.CALIBRATION_BATCHES)
+            batches = self._few_batches("CALIBRATION_BATCHES")
             with EventStorage():  # the model's own scalars are not training's
                 calibrate_measured(model, batches)
         if self.checkpointer.other_norms.record and self.cfg.MODEL.GNP.MATCH_BATCHES:
-            match_loaded(model, self.checkpointer.other_norms, self._batches_to_match())
+            match_loaded(model, self.checkpointer.other_norms, self._few_batches("MATCH_BATCHES"))
         if comm.is_main_process():
             write_group_report(model, self.cfg.OUTPUT_DIR)
         return super().train()
 
-    def _batches_to_match(self) -> list[Any]:
-        count = self.cfg.MODEL.GNP.MATCH_BATCHES
+    def _few_batches(self, key: str) -> list[Any]:
+        count = self.cfg.MODEL.GNP[key]
         images = sum(len(DatasetCatalog.get(name)) for name in self.cfg.DATASETS.TRAIN)
         if count * self.cfg.SOLVER.IMS_PER_BATCH > images:
             raise ValueError(
-                f"MODEL.GNP.MATCH_BATCHES {count} of SOLVER.IMS_PER_BATCH "
+                f"MODEL.GNP.{key} {count} of SOLVER.IMS_PER_BATCH "
                 f"{self.cfg.SOLVER.IMS_PER_BATCH} are more than the {images} training images. A "
                 f"few dozen are enough."
             )

@@ -81,6 +81,8 @@ class PracticalGroupNorm(nn.GroupNorm):
                 )
         else:
             check_width("rule", rule)
+        if not (isinstance(eps, int | float) and 0 < eps < float("inf")):
+            raise ValueError(f"eps must be a positive finite number, got {eps!r}")
         super().__init__(1, num_channels, eps=eps, affine=affine, device=device, dtype=dtype)
         self.rule = rule
         self.needs_in_channels = rule in _RULES

@@ -129,6 +129,9 @@ def panoptic_fpn_resnet(
     """
     check_width("num_things", num_things)
     check_width("num_stuff", num_stuff)
+    check_width("semantic_channels", semantic_channels)
+    if mask_convs < 0:
+        raise ValueError(f"mask_convs must be at least 0, got {mask_convs}")
     if num_stuff >= IGNORE_LABEL:
         raise ValueError(
             f"num_stuff must be below {IGNORE_LABEL}, the label of what is ignored; got {num_stuff}"
@@ -149,6 +152,9 @@ def panoptic_fpn_resnet(
 def _backbone(
     depth: int, norms: NormLayer, stages: int, channels: int, stride_in_1x1: bool
 ) -> BackboneWithFPN:
+    check_width("channels", channels)
+    if not isinstance(stride_in_1x1, bool):
+        raise ValueError(f"stride_in_1x1 must be True or False, got {stride_in_1x1!r}")
     if depth not in DEPTHS:
         raise ValueError(f"depth must be one of {DEPTHS}, got {depth!r}")
     if stages not in (1, 2, 3, 4):
@@ -166,6 +172,9 @@ def _box_parts(
     norms: NormLayer, stages: int, channels: int, convs: int, fc_channels: int, num_classes: int
 ) -> dict[str, Any]:
     """Arguments of torchvision's models: anchors, and what belongs to the boxes."""
+    check_width("fc_channels", fc_channels)
+    if convs < 0:
+        raise ValueError(f"box_convs must be at least 0, got {convs}")
     sizes = tuple((32 * 2**i,) for i in range(stages + 1))
     return {
         "rpn_anchor_generator": AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
@@ -179,6 +188,8 @@ def _check_arguments(kwargs: dict[str, Any], *classes: type) -> None:
     """Raise TypeError for a name that no class takes; torchvision's classes ignore it."""
     known = {name for cls in classes for name in inspect.signature(cls).parameters}
     known -= {"backbone", "num_classes", "kwargs"}
+    if "num_classes" in kwargs:
+        raise TypeError("Panoptic FPN has num_things and num_stuff instead of num_classes")
     for name in kwargs.keys() - known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -186,6 +197,10 @@ def _check_arguments(kwargs: dict[str, Any], *classes: type) -> None:
 
 
 def _finished(model: Any, weight_standardization: bool, weights_backbone: str) -> Any:
+    if not isinstance(weight_standardization, bool):
+        raise ValueError(
+            f"weight_standardization must be True or False, got {weight_standardization!r}"
+        )
     if weight_standardization:
         apply_weight_standardization(model, ["backbone", "roi_heads.box_head"])
     if weights_backbone:

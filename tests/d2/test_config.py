@@ -177,6 +177,26 @@ def test_unknown_norm_names_the_config_key(tmp_path):
     assert "Did you mean 'GN_PRACTICAL'" in message
 
 
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["SOLVER.MAX_ITER", "0"], "SOLVER.MAX_ITER must be at least 1, got 0"),
+        (["SOLVER.CHECKPOINT_PERIOD", "-5"], "SOLVER.CHECKPOINT_PERIOD must be at least 1"),
+        (["SOLVER.BASE_LR", "nan"], "SOLVER.BASE_LR"),
+        (["MODEL.GNP.STOP_AT", "-1"], "MODEL.GNP.STOP_AT must be at least 0, got -1"),
+        (["MODEL.RESNETS.DEPTH", "51"], "DEPTH must be one of 18, 34, 50, 101, 152; got 51"),
+    ],
+)
+def test_numbers_out_of_range(options, expected):
+    assert expected in error_of("", options)
+
+
+def test_aliases_that_unfold_to_gigabytes(tmp_path):
+    lines = ["a0: &a0 [1, 1]"]
+    lines += [f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 10)}]" for i in range(12)]
+    assert "it has 120 YAML aliases" in error_of(write(tmp_path, "\n".join(lines)))
+
+
 def test_unknown_mismatch_choice():
     message = error_of("", ["MODEL.GNP.CHECKPOINT_MISMATCH", "stop"])
     assert "error, warn, ignore" in message and "'stop'" in message

@@ -51,6 +51,11 @@ def test_shapes_are_made_where_they_are_missing(tiny_cfg, own_copy, monkeypatch)
     assert made == [own_copy.parent]
 
 
+def test_more_classes_than_the_head_has(tiny_cfg, own_copy):
+    text = message(tiny_cfg("MODEL.ROI_HEADS.NUM_CLASSES", "1"))
+    assert "has 4 classes: set MODEL.ROI_HEADS.NUM_CLASSES 4, not 1" in text
+
+
 def test_unregistered_name_names_the_nearest(tiny_cfg):
     text = message(tiny_cfg(), ("coco_2017_trian",))
     assert "'coco_2017_trian' is not registered" in text and "'coco_2017_train'" in text

@@ -10,7 +10,9 @@ from gnpractical.runs.errors import in_one_line
         (ValueError("two\n  lines"), "error: two lines"),
         (FileNotFoundError(2, "No such file or directory", "a.pth"), "error: [Errno 2] No such"),
         (
-            ValueError("Caught ValueError\nTraceback (most recent call last):\n  x\nValueError: odd"),
+            ValueError(
+                "Caught ValueError\nTraceback (most recent call last):\n  x\nValueError: odd"
+            ),
             "error: odd",
         ),
         (KeyError("depth"), "error: KeyError: 'depth' (GNPRACTICAL_DEBUG=1 shows where)"),

@@ -143,11 +143,21 @@ def test_unknown_names_and_numbers():
         fasterrcnn_resnet_fpn(num_classes=1)
     with pytest.raises(ValueError, match="num_stuff must be below 255"):
         panoptic_fpn_resnet(num_stuff=255)
+    with pytest.raises(ValueError, match="mask_convs must be at least 0, got -2"):
+        panoptic_fpn_resnet(mask_convs=-2)
+    with pytest.raises(TypeError, match="num_things and num_stuff instead of num_classes"):
+        panoptic_fpn_resnet(num_classes=4)
     with pytest.raises(TypeError):
         fasterrcnn_resnet_fpn(18)
     for build in (fasterrcnn_resnet_fpn, panoptic_fpn_resnet):
         with pytest.raises(TypeError, match="'weight_standardisation'"):
             build(weight_standardisation=True)
+        with pytest.raises(
+            ValueError, match="weight_standardization must be True or False, got 'no'"
+        ):
+            build(depth=18, weight_standardization="no")
+        with pytest.raises(ValueError, match="box_convs must be at least 0, got -1"):
+            build(depth=18, box_convs=-1)
         with pytest.raises(TypeError, match="unknown argument 'min_sise'; did you mean 'min_size'"):
             build(min_sise=3)
 
