@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from gnpractical.measure.plots import learning_curves
 from gnpractical.paper.results import norm_name_of
-from gnpractical.paper.training_run import JUDGED, format_runs, train_once
+from gnpractical.paper.training_run import JUDGED, Diverged, format_runs, train_once
 from gnpractical.runs.errors import in_one_line
 
 ROWS = ["32", "1", "practical"]
@@ -108,13 +108,18 @@ def search(args, rows):
 
     def train(row, stop):
         at = 0 if stop == rows.iterations else stop
-        results = [train_row(args, rows, row, seed + 1, at) for seed in range(args.seeds)]
+        try:
+            results = [train_row(args, rows, row, seed + 1, at) for seed in range(args.seeds)]
+        except Diverged:
+            return [math.nan] * args.seeds
         name = next((n for n in JUDGED if n in results[0]["scores"]), None)
         if name is None:
             raise ValueError("the runs have no score to compare: they must be evaluated")
         return [result["scores"].get(name, math.nan) for result in results]
 
-    print(find_best(args.groups, rows.iterations, train, args.output, args.storage))
+    settings = {"seeds": args.seeds, "settings": rows.settings(norm_name_of(args.groups[0]), 0)}
+    plan = args.groups, rows.iterations, train, args.output, args.storage, settings
+    print(find_best(*plan, score="PQ, or box AP where there is none"))
 
 
 def main():

@@ -28,7 +28,7 @@ from gnpractical.paper.results import Results, check_options, format_results, no
 from gnpractical.runs.device import resolve_device
 from gnpractical.runs.errors import in_one_line
 from gnpractical.runs.group_record import RECORD_KEY, group_record
-from gnpractical.runs.output_dir import write_atomically, write_text
+from gnpractical.runs.output_dir import claim_output_dir, write_atomically, write_text
 from gnpractical.tv.classification import ARCHS, LAYOUT, build_classifier, open_classes
 
 # The values that can be told apart in the paper's Table 4, in %.
@@ -78,11 +78,13 @@ def parse_args():
 def main(args):
     rows = [row for row in args.groups if row != "BN"]
     settings = check_options(vars(args) | {"groups": rows})
+    if not args.search:  # which several machines may share
+        claim_output_dir(args.output, "--output")
+    args.output.mkdir(parents=True, exist_ok=True)
     device = resolve_device(args.device)
     on_gpu = device.type == "cuda"
     train_set, test_set, num_classes = open_classes(args.dataset, args.data, args.image_size)
     settings |= {"train_images": len(train_set), "test_images": len(test_set)}
-    results = Results(args.output / "results.json", settings | {"classes": num_classes})
     load = partial(DataLoader, num_workers=args.workers, pin_memory=on_gpu)
     train_batches = load(train_set, args.batch_size, shuffle=True)
     test_batches = load(test_set, args.batch_size)
@@ -122,7 +124,9 @@ def main(args):
             runs = [train(row, seed, path, stop) for seed, path in enumerate(paths)]
             return [100 - run.test_errors[stop - 1] for run in runs]
 
-        return print(find_best(args.groups, args.epochs, scores_at, args.output, args.storage))
+        _ = [build(row, 0) for row in args.groups]  # or an error before any training
+        plan = args.groups, args.epochs, scores_at, args.output, args.storage
+        return print(find_best(*plan, settings | {"seeds": args.seeds}, score="accuracy in %"))
 
     # In ResNet-18 and -34 no layer narrows, so practical is 1 everywhere: that is trained once.
     rows, labels = {}, {}
@@ -131,6 +135,7 @@ def main(args):
         same = rows.setdefault(counts, row)
         labels[same] = row if same == row else f"{labels[same]} *{row}"
 
+    results = Results(args.output / "results.json", settings | {"classes": num_classes})
     runs = results.run(list(labels), args.seeds, train)
     print(format_results(runs, labels, PAPER.get((args.dataset, args.arch), {})))
     print(

@@ -14,7 +14,7 @@ from gnpractical.d2 import load_config
 from gnpractical.d2.launch import check_processes, launch
 from gnpractical.d2.trainer import Trainer, adapt_to_device
 from gnpractical.runs.errors import in_one_line
-from gnpractical.runs.output_dir import check_output_dir
+from gnpractical.runs.output_dir import check_output_dir, claim_output_dir
 
 
 def read_config(args):
@@ -30,6 +30,8 @@ def main(args, cfg):
 
 
 def run(args, cfg):
+    if comm.is_main_process():
+        claim_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     default_setup(cfg, args)
     if args.eval_only:
         results = Trainer.evaluate(cfg, resume=args.resume)

@@ -20,13 +20,17 @@ class Detectron2Rows:
         num_gpus: As of the script.
 
     Raises:
-        ValueError: The config cannot be read.
+        ValueError: The config cannot be read, or a key that the row sets is among ``opts``.
     """
 
     def __init__(self, config_file: str, opts: Sequence[str], num_gpus: int = 1) -> None:
-        self.iterations: int = load_config(config_file, opts).SOLVER.MAX_ITER
+        cfg = load_config(config_file, opts)
+        self.iterations: int = cfg.SOLVER.MAX_ITER
         self._config_file, self._opts, self._num_gpus = config_file, opts, num_gpus
-        self._keys = group_norm_keys(load_config(config_file, opts))
+        self._keys = group_norm_keys(cfg)
+        own = {"SEED", "OUTPUT_DIR", "MODEL.GNP.STOP_AT", *self._keys}
+        if taken := [key for key in opts[::2] if key in own]:
+            raise ValueError(f"{taken[0]} is set by the comparison: leave it out")
 
     def check(self, norm: str) -> None:
         """Raise ValueError if a model with this norm cannot be built."""

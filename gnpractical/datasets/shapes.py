@@ -19,12 +19,12 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pycocotools.mask as coco_mask
+from filelock import FileLock
 from PIL import Image, ImageDraw
 from tqdm.contrib.concurrent import thread_map
 
@@ -62,8 +62,8 @@ def make_shapes(
 ) -> Path:
     """Make the data set under ``root`` unless it is there, and return its folder.
 
-    It is made in a temporary folder beside its place and renamed when complete, so that an
-    interrupted or a simultaneous run never leaves, or meets, half of it.
+    It is made in a folder beside its place and renamed when complete, by one process at a time, so
+    that an interrupted or a simultaneous run never leaves, or meets, half of it.
 
     Raises:
         OSError: ``root`` cannot be written.
@@ -72,17 +72,17 @@ def make_shapes(
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{FOLDER}.", dir=folder.parent))
-    try:
-        for split, count in (num_images or NUM_IMAGES).items():
-            _make_split(part, split, count, seed)
-        part.chmod(0o755)
-        os.rename(part, folder)
-    except OSError:
-        if not folder.is_dir():  # else another process was first; its images are the same
-            raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    part = folder.with_name(f".{FOLDER}.part")
+    with FileLock(folder.with_name(f".{FOLDER}.lock")):
+        if not folder.is_dir():  # nor has another process made it meanwhile
+            shutil.rmtree(part, ignore_errors=True)  # of one that was killed
+            part.mkdir()
+            try:
+                for split, count in (num_images or NUM_IMAGES).items():
+                    _make_split(part, split, count, seed)
+                os.rename(part, folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
     return folder
 
 

@@ -95,6 +95,8 @@ def calibrate(
             norm.num_groups = 1  # the one count that runs on every input
         for _ in range(max_passes):
             seen = {block.name: block for block in feature_statistics(model, batches, run)}
+            if all(block.mean_share is None for block in seen.values()):
+                raise ValueError("no norm ran: run must call the model with the batch")
             rows = [_choose(name, norm, seen[name]) for name, norm in norms.items()]
             changed = [row for row in rows if norms[row.name].num_groups != row.num_groups]
             for row in rows:

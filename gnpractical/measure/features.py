@@ -70,7 +70,7 @@ class BlockFeatures:
         Raises:
             ValueError: ``num_groups`` does not divide the norm's channels.
         """
-        num_groups = num_groups or self.num_groups
+        num_groups = self.num_groups if num_groups is None else num_groups
         if self.scale is None or self.mean_share is None or num_groups is None:
             return None
         check_num_groups(num_groups, self.out_channels)
@@ -91,7 +91,7 @@ def feature_statistics(
 
     Raises:
         TypeError: ``batches`` or ``run`` is of the wrong kind.
-        ValueError: There is no GroupNorm, or no batch.
+        ValueError: There is no GroupNorm, or no batch, or a norm gets values that are not finite.
         RuntimeError: A norm has no number of groups yet.
     """
     blocks: dict[nn.Module, _Block] = {
@@ -149,8 +149,12 @@ class _Block:
         self._similarities: list[tuple[float, float]] = []
 
     def enter(self, y: Tensor, layer: str, gain: float | None) -> None:
+        if self._norm.num_groups is None:
+            self._norm.forward(y)  # which resolves it, or says why it cannot
         self.activation, self._layer = None, layer
         moments = channel_moments(y)
+        if not all(torch.isfinite(t).all() for t in moments):
+            raise ValueError(f"{self._name}: what it gets from these batches is not finite")
         positions = y[0, 0].numel()
         self._fewest_positions = min(self._fewest_positions or positions, positions)
         self._samples += len(y)

@@ -19,14 +19,14 @@ from tqdm import tqdm
 from gnpractical.layers.group_norm import group_norm_from_name, norm_names
 from gnpractical.paper.classifier import History
 from gnpractical.paper.comparison import mean_and_spread
-from gnpractical.runs.output_dir import write_text
+from gnpractical.runs.output_dir import claim_output_dir, write_text
 
 
 class Results:
     """The runs of one experiment in a JSON file, rewritten whole after every run.
 
-    One process at a time may use a file. ``settings`` is what all its runs share, as plain
-    numbers and strings.
+    No other process may use its folder until this one ends. ``settings`` is what all its runs
+    share, as plain numbers and strings.
 
     Raises:
         ValueError: The file holds runs with other settings, or is not a file of this kind.
@@ -36,7 +36,7 @@ class Results:
     def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self.settings = dict(settings)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        claim_output_dir(self.path.parent, "--output")
         self.runs = self._read() if self.path.exists() else {}
         self._write()  # now, not after the first hour of training
 

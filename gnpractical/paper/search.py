@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from tabulate import tabulate
 
@@ -101,12 +102,16 @@ def find_best(
     train: Callable[[str, int], Sequence[float]],
     output: Path,
     storage: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    score: str = "score",
 ) -> str:
     """Find the best of ``rows`` and write ``search.txt`` and ``search.png`` to ``output``.
 
     Args:
         iterations: Of a whole training.
-        rows, train, storage: As of :func:`search`; by default ``search.db`` in ``output``.
+        rows, train, settings: As of :func:`search`.
+        storage: As of it; by default ``search.db`` in ``output``.
+        score: What the scores are, for the picture.
 
     Returns:
         What :func:`format_search` says, and where it was written.
@@ -119,11 +124,11 @@ def find_best(
     url = storage or f"sqlite:///{output.resolve()}/search.db"
     with warnings.catch_warnings():  # that Optuna may change how it finds dead machines
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        scores = search(rows, stops, train, url, output.resolve().name)
-    text = format_search(scores, rows, stops)
+        scores = search(rows, stops, train, url, str(output.resolve()), settings)
+    text = f"Compared by {score}.\n{format_search(scores, rows, stops)}"
     write_text(output / "search.txt", text + "\n")
     picture = output / "search.png"
-    learning_curves(curves_of(scores), picture, "score", xlabel="trained to", yscale="linear")
+    learning_curves(curves_of(scores), picture, score, xlabel="trained to", yscale="linear")
     return f"{text}\nWritten to {output}: search.txt, search.png"
 
 
@@ -133,6 +138,7 @@ def search(
     train: Callable[[str, int], Sequence[float]],
     storage: str,
     name: str,
+    settings: Mapping[str, Any] | None = None,
 ) -> Scores:
     """Find the best of ``rows``.
 
@@ -143,20 +149,21 @@ def search(
             and gives the scores, one for each seed; more is better.
         storage: Where Optuna keeps the study, such as ``sqlite:///search.db``.
         name: The study's. A study of this name goes on.
+        settings: What else all trainings share, as plain numbers and strings.
 
     Returns:
         All scores.
 
     Raises:
-        ValueError: The study of this name has other rows or stops.
+        ValueError: The study of this name has other rows, stops or settings.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Whose machine is no longer heard of has its training done again by others.
     kept = optuna.storages.RDBStorage(storage, heartbeat_interval=20, grace_period=60)
     study = optuna.create_study(
         storage=kept, study_name=name, direction="maximize", load_if_exists=True
     )
-    plan = {"rows": list(rows), "stops": list(stops)}
+    plan = dict(settings or {}) | {"rows": list(rows), "stops": list(stops)}
     held = study.user_attrs.get("plan", plan)
     if held != plan:
         raise ValueError(f"{storage} holds a search of {held}, not {plan}: use another --output")
@@ -169,10 +176,16 @@ def search(
         live = study.get_trials(deepcopy=False, states=_LIVE)
         if any(_asked(t) == (row, stop) and t.number < trial.number for t in live):
             raise optuna.TrialPruned
-        scores = list(train(row, stop))
+        try:
+            scores = list(train(row, stop))
+        except SystemExit:  # so that nobody has to wait for this machine
+            study.tell(trial, state=TrialState.FAIL)
+            raise
         trial.set_user_attr("scores", scores)
+        print(f"G {row} at {stop}: {mean_and_spread(scores)}", flush=True)
         return _mean(scores)
 
+    waiting = False
     while not is_finished(scores := _scores(study), rows, stops):
         optuna.storages.fail_stale_trials(study)
         stop, race = next_rung(scores, rows, stops)
@@ -181,10 +194,14 @@ def search(
             if (row, stop) not in live:
                 asked = {"row": row, "stop": stop}
                 study.enqueue_trial(asked, user_attrs={"asked": asked})
-        if study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        done = bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+        if done:
             study.optimize(objective, n_trials=1)
         else:
-            time.sleep(POLL_SECONDS)  # others train
+            if not waiting:
+                print("Waiting for other machines, or a minute for one that was killed", flush=True)
+            time.sleep(POLL_SECONDS)
+        waiting = not done
     return scores
 
 

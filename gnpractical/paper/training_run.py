@@ -34,6 +34,10 @@ SCORES = (
 JUDGED = ("panoptic_seg/PQ", "bbox/AP")
 
 
+class Diverged(RuntimeError):
+    """A run whose loss became infinite or nan."""
+
+
 def train_once(
     command: list[str], folder: Path, settings: str, stop_at: int | None = None
 ) -> dict[str, Any]:
@@ -50,6 +54,7 @@ def train_once(
 
     Raises:
         ValueError: The folder holds a run with another config, or a damaged result.
+        Diverged: The loss became infinite or nan.
         RuntimeError: The run failed.
     """
     result = folder / (f"result_{stop_at}.json" if stop_at else "result.json")
@@ -79,8 +84,13 @@ def train_once(
             raise
     if status:
         last = log.read_text().strip().splitlines()[-1:] or [""]
-        raise RuntimeError(f"{folder}: the run failed, see {log}: {last[0][:300]}")
+        error = Diverged if "The loss became" in last[0] else RuntimeError
+        raise error(f"{folder}: the run failed, see {log}: {last[0][:300]}")
     measured = _read_metrics(folder / "metrics.json")
+    if stop_at and measured["losses"] and measured["losses"][-1][0] >= stop_at:
+        raise ValueError(
+            f"{folder} holds a run that is past iteration {stop_at}: use another --output"
+        )
     # KiB on Linux. On a GPU Detectron2 logs what PyTorch allocated at most.
     memory = re.findall(r"max_mem: (\d+)M", (folder / "log.txt").read_text())
     measured["peak_memory_mib"] = int(memory[-1]) if memory else usage.ru_maxrss // 1024

@@ -24,6 +24,8 @@ def in_one_line() -> Iterator[None]:
     """
     try:
         yield
+    except KeyboardInterrupt:
+        sys.exit(130)
     except Exception as e:
         if os.environ.get(DEBUG_VARIABLE):
             raise

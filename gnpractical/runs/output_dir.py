@@ -6,17 +6,24 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
+import socket
 import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import BaseFileLock, FileLock, Timeout
 from torch import nn
 
 from gnpractical.measure.layer_report import format_report, group_report
 
 logger = logging.getLogger(__name__)
+
+_ORPHAN_SECONDS = 15
+_claimed: dict[Path, BaseFileLock] = {}  # held until the process ends
 
 
 def check_output_dir(output_dir: str, option: str) -> None:
@@ -34,6 +41,56 @@ def check_output_dir(output_dir: str, option: str) -> None:
             pass
     except OSError as e:
         raise OSError(f"{option} {output_dir!r} cannot be written: {e}") from None
+
+
+def claim_output_dir(output_dir: str | Path, option: str) -> None:
+    """Keep other runs out of ``output_dir`` until this process ends.
+
+    What a killed run left half written there is removed.
+
+    Args:
+        option: as of :func:`check_output_dir`.
+
+    Raises:
+        OSError: another run has it; the message says which.
+    """
+    folder = Path(output_dir).resolve()
+    if folder in _claimed:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path, me = folder / ".lock", f"process {os.getpid()} on {socket.gethostname()}"
+    lock = FileLock(path)
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            holder = path.read_text()
+            if _is_alive(holder):
+                raise OSError(
+                    f"{option} {str(output_dir)!r} is in use by {holder}: two runs would mix "
+                    f"their files. Take another folder, or wait for it to end"
+                ) from None
+            lock.acquire(timeout=_ORPHAN_SECONDS)  # its loaders' processes still end
+    except NotImplementedError:
+        logger.warning("%s: its disk knows no locks, so nothing keeps a second run out", folder)
+    path.write_text(me)
+    _claimed[folder] = lock
+    for part in folder.glob("*.part"):
+        part.unlink(missing_ok=True)
+
+
+def _is_alive(holder: str) -> bool:
+    """Whether a process of this machine runs; True for other machines'."""
+    match = re.fullmatch(r"process (\d+) on (.*)", holder)
+    if match is None or match[2] != socket.gethostname():
+        return True
+    try:
+        os.kill(int(match[1]), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def check_disk_space(output_dir: str, model: nn.Module, count: int, option: str) -> None:
@@ -64,9 +121,10 @@ def write_group_report(model: nn.Module, output_dir: str) -> None:
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Let ``write`` fill a file beside ``path``, then put it in its place in one step."""
-    part = path.with_name(path.name + ".part")
+    # Under a name of its own, should two write at once.
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        with open(part, "wb") as f:
+        with open(part, "xb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())

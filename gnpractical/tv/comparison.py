@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from gnpractical.tv import quick
-from gnpractical.tv.builders import norm_layer
-from gnpractical.tv.training import TrainingRecipe
+from gnpractical.tv.options import parse_args
+from gnpractical.tv.run import build, check_numbers
 
 # Of these the comparison says itself what they are.
 _OWN = ("--norm", "--seed", "--output-dir", "--resume", "--stop-at", "--test-only")
+# On these the result does not depend.
+_WITHOUT = ("output_dir", "data_path", "device", "workers", "resume")
 
 
 class TorchvisionRows:
@@ -20,29 +23,30 @@ class TorchvisionRows:
         options: The script's other options.
 
     Raises:
-        ValueError: One of the options is set by the row, or the iterations are no number.
+        ValueError: One of the options is set by the row, or out of range.
     """
 
     def __init__(self, options: Sequence[str]) -> None:
-        taken = [option for option in options if option in _OWN]
+        names = [option.partition("=")[0] for option in options]
+        taken = [name for name in names if name in _OWN]
         if taken:
             raise ValueError(f"{taken[0]} is set by the comparison: leave it out")
-        default = quick.OPTIONS["iterations"] if "--quick" in options else TrainingRecipe.iterations
-        given = dict(zip(options, options[1:], strict=False)).get("--iterations", str(default))
-        if not given.isdecimal():
-            raise ValueError(f"--iterations must be a number, got {given!r}")
-        self.iterations, self._options = int(given), list(options)
+        self._given = list(options)
+        self._options = parse_args([*options, "--output-dir", ""])
+        check_numbers(self._options)
+        self.iterations = self._options.iterations
 
     def check(self, norm: str) -> None:
-        """Raise ValueError if there is no such norm."""
-        norm_layer(norm)
+        """Raise ValueError if a model with this norm cannot be built."""
+        build(dataclasses.replace(self._options, norm=norm), num_things=1, num_stuff=1)
 
     def settings(self, norm: str, seed: int) -> str:
         """What a run depends on, in lines."""
-        return "\n".join([*self._options, norm, str(seed)])
+        options = vars(dataclasses.replace(self._options, norm=norm, seed=seed))
+        return json.dumps({k: v for k, v in options.items() if k not in _WITHOUT}, indent=1)
 
     def command(self, norm: str, seed: int, folder: Path, stop_at: int = 0) -> list[str]:
         """Arguments of Python that train or go on training in ``folder``."""
         run = ["--norm", norm, "--seed", str(seed), "--output-dir", str(folder)]
         stop = ["--stop-at", str(stop_at)]
-        return ["train_torchvision.py", *self._options, *run, *stop, "--resume"]
+        return ["train_torchvision.py", *self._given, *run, *stop, "--resume"]

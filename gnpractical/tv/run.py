@@ -14,7 +14,12 @@ from torch import nn
 
 from gnpractical.datasets.coco_files import datasets_root
 from gnpractical.measure.calibration import measured_norms
-from gnpractical.runs.output_dir import check_disk_space, check_output_dir, write_group_report
+from gnpractical.runs.output_dir import (
+    check_disk_space,
+    check_output_dir,
+    claim_output_dir,
+    write_group_report,
+)
 from gnpractical.tv import distributed, fasterrcnn_resnet_fpn, panoptic_fpn_resnet, quick
 from gnpractical.tv.checkpoint import TorchvisionCheckpointer
 from gnpractical.tv.datasets import CocoImages, check_categories, open_split
@@ -65,6 +70,8 @@ def run(options: RunOptions) -> None:
     """
     _check(options)
     device = distributed.start(options.device)
+    if distributed.rank() == 0:
+        claim_output_dir(options.output_dir, "--output-dir")
     _log_to(options.output_dir)
     val = _open(options, "val")
     if not options.test_only:
@@ -76,7 +83,7 @@ def run(options: RunOptions) -> None:
                 f"are more than the {len(train_split)} training images; a few dozen are enough"
             )
     torch.manual_seed(options.seed)
-    model = _build(options, val).to(device)
+    model = build(options, len(val.things), len(val.stuff or ())).to(device)
     if options.test_only:
         iteration = _load(model, options)
     else:
@@ -106,11 +113,16 @@ def run(options: RunOptions) -> None:
         dist.destroy_process_group()
 
 
-def _check(options: RunOptions) -> None:
+def check_numbers(options: RunOptions) -> None:
+    """Raise ValueError for a number that is below its least value."""
     for name, least in _LEAST.items():
         value = getattr(options, name)
         if not (min(value) if name == "min_size" else value) >= least:  # nor nan
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
+def _check(options: RunOptions) -> None:
+    check_numbers(options)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if options.batch_size % processes and not options.test_only:
         raise ValueError(
@@ -141,16 +153,15 @@ def _open(options: RunOptions, split: str) -> CocoImages:
     return open_split(options.data_path, options.dataset, split, panoptic=panoptic, check=check)
 
 
-def _build(options: RunOptions, dataset: CocoImages) -> nn.Module:
+def build(options: RunOptions, num_things: int, num_stuff: int) -> nn.Module:
+    """The model, at its random start."""
     names = ("depth", "norm", "weight_standardization", "stride_in_1x1", "min_size", "max_size")
     arguments = {name: getattr(options, name) for name in names}
     if options.model == "fasterrcnn_resnet_fpn":
         arguments |= quick.faster_rcnn() if options.quick else {}
-        return fasterrcnn_resnet_fpn(num_classes=len(dataset.things) + 1, **arguments)
+        return fasterrcnn_resnet_fpn(num_classes=num_things + 1, **arguments)
     arguments |= quick.panoptic_fpn() if options.quick else {}
-    return panoptic_fpn_resnet(
-        num_things=len(dataset.things), num_stuff=len(dataset.stuff), **arguments
-    )
+    return panoptic_fpn_resnet(num_things=num_things, num_stuff=num_stuff, **arguments)
 
 
 def _load(model: nn.Module, options: RunOptions) -> int:

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from gnpractical import feature_statistics, measure_gradient_variance
+from gnpractical import calibrate, feature_statistics, measure_gradient_variance
 from gnpractical.gradient_law import distinctness_gain
+from gnpractical.layers import group_norm_from_name
 from gnpractical.layers.weight_standardization import standardize_layer
 
 
@@ -183,3 +184,18 @@ def test_depth_makes_features_alike_as_the_recursion_says():
         behind = 1 - (1 - share) * distinctness_gain(per_group, share)
         assert block.similarity == pytest.approx(behind, abs=0.08)
         share = behind_relu(max(behind, 0.0))
+
+
+def test_norms_without_a_count_and_values_that_are_not_finite():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), group_norm_from_name("GN_MEASURED", 8))
+    x = torch.randn(2, 3, 4, 4)
+    with pytest.raises(RuntimeError, match="its number of groups has not been measured"):
+        feature_statistics(model, [x])
+    with pytest.raises(ValueError, match="^1: what it gets from these batches is not finite"):
+        calibrate(model, [x * float("nan")])
+    with pytest.raises(ValueError, match="no norm ran: run must call the model"):
+        calibrate(model, [x], lambda model, batch: None)
+    assert model[1].num_groups is None
+    calibrate(model, [x])
+    with pytest.raises(ValueError, match="num_groups must be at least 1, got 0"):
+        feature_statistics(model, [x])[0].gradient_variance_ratio(0)

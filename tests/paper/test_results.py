@@ -27,7 +27,7 @@ def test_runs_are_kept_and_not_repeated(tmp_path):
     assert again["2"] == first["2"] and [run.test_error for run in again["2"]] == [2.0, 3.0]
     records = json.loads(path.read_text())["records"]
     assert len(records) == 6 and records[3]["test_error"] == 3.0
-    assert [p.name for p in path.parent.iterdir()] == ["results.json"]  # and no checkpoint
+    assert {p.name for p in path.parent.iterdir()} == {".lock", "results.json"}  # and no checkpoint
 
 
 def test_an_interrupted_experiment_keeps_what_it_had(tmp_path):
@@ -42,7 +42,7 @@ def test_an_interrupted_experiment_keeps_what_it_had(tmp_path):
         Results(path, {}).run(["1", "2"], 1, interrupted)
     assert [r["row"] for r in json.loads(path.read_text())["records"]] == ["1"]
     names = {p.name for p in tmp_path.iterdir()}
-    assert names == {"results.json", "checkpoint_2_0.pth"}
+    assert names == {".lock", "results.json", "checkpoint_2_0.pth"}
 
 
 def test_other_settings_are_refused_by_name(tmp_path):

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import shutil
 from collections import namedtuple
@@ -5,7 +6,12 @@ from collections import namedtuple
 import pytest
 from torch import nn
 
-from gnpractical.runs.output_dir import check_disk_space, check_output_dir, write_text
+from gnpractical.runs.output_dir import (
+    check_disk_space,
+    check_output_dir,
+    claim_output_dir,
+    write_text,
+)
 
 
 def test_output_dir(tmp_path):
@@ -41,3 +47,49 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_text(path, "second")
     assert path.read_text() == "first" and os.listdir(tmp_path) == ["a.json"]
+
+
+def hold(folder, ready, done):
+    claim_output_dir(folder, "--output-dir")
+    (folder / "model.pth.abc.part").write_text("of another")
+    ready.set()
+    done.wait(60)
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path, ready, done))
+    other.start()
+    assert ready.wait(60)
+    with pytest.raises(OSError, match=rf"--output-dir .* is in use by process {other.pid} on"):
+        claim_output_dir(tmp_path, "--output-dir")
+    other.kill()  # and not: let it end
+    other.join(60)
+    claim_output_dir(tmp_path, "--output-dir")
+    claim_output_dir(tmp_path, "--output-dir")  # the same process again
+    assert not list(tmp_path.glob("*.part"))
+
+
+def write_often(path, text):
+    for _ in range(250):
+        write_text(path, text * 1000)
+
+
+def test_concurrent_writes_leave_whole_files(tmp_path):
+    path = tmp_path / "x.json"
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=write_often, args=(path, t)) for t in "abcd"]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        if path.exists():
+            assert path.read_text() in {t * 1000 for t in "abcd"}
+    assert all(process.exitcode == 0 for process in processes)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_files_have_the_usual_permissions(tmp_path):
+    write_text(tmp_path / "a", "x")
+    (tmp_path / "b").write_text("x")
+    assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode

@@ -82,6 +82,12 @@ def test_rows_are_trained_once_and_compared(environment, tmp_path, error_of):
         ("compare_groups.py", ["--seeds", "0", "--output", "{tmp}"], "--seeds must be at least 1"),
         ("compare_groups.py", ["--groups", "48", "--output", "{tmp}", *TINY], "row 48: GN_48"),
         ("compare_groups.py", ["--output", "{tmp}", *NO_GROUP_NORM], "has no GroupNorm"),
+        ("compare_groups.py", ["--output", "{tmp}", "SEED", "7"], "SEED is set by the comparison"),
+        (
+            "compare_groups.py",
+            ["--output", "{tmp}", "MODEL.FPN.NORM", "GN_16"],
+            "MODEL.FPN.NORM is set by the comparison",
+        ),
         ("measure_gradients.py", ["--groups", "many", "--output", "{tmp}"], "--groups takes"),
         ("measure_gradients.py", ["--batches", "0", "--output", "{tmp}"], "--batches must be"),
         ("measure_gradients.py", ["--output", "/dev/null/x"], "/dev/null/x"),
@@ -117,7 +123,8 @@ def test_a_search_on_torchvision(environment, tmp_path, error_of):
     done = run(environment, "compare_groups.py", *args, "--iterations", "2")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "The search cost 1.50 trainings instead of 2." in done.stdout
-    assert (tmp_path / "search.txt").read_text().startswith("G      at 1    at 2")
+    lines = (tmp_path / "search.txt").read_text().splitlines()
+    assert lines[0].startswith("Compared by PQ") and lines[1].split() == "G at 1 at 2".split()
     assert (tmp_path / "search.png").stat().st_size > 0
     for row, norm in {"cpg_8": "GN_CPG_8", "1": "GN_1"}.items():
         groups = json.loads((tmp_path / row / "seed1" / "groups.json").read_text())
@@ -125,8 +132,8 @@ def test_a_search_on_torchvision(environment, tmp_path, error_of):
         assert (tmp_path / row / "seed1" / "result_1.json").exists()
     finished = [row for row in ("cpg_8", "1") if (tmp_path / row / "seed1/result.json").exists()]
     assert f"Best: {finished[0]}." in done.stdout and len(finished) == 1
-    error = error_of("compare_groups.py", *args, "--iterations", "4")
-    assert "use another --output" in error
+    for changed in (["--iterations", "4"], ["--iterations=2", "--batch-size", "1"]):
+        assert "use another --output" in error_of("compare_groups.py", *args, *changed)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +141,10 @@ def test_a_search_on_torchvision(environment, tmp_path, error_of):
     [
         ([], "give either --config-file FILE, or --torchvision and its options"),
         ([*QUICK, "--norm", "BN"], "--norm is set by the comparison: leave it out"),
-        ([*QUICK, "--iterations", "few"], "--iterations must be a number, got 'few'"),
+        ([*QUICK, "--norm=BN"], "--norm is set by the comparison: leave it out"),
+        (["--search", *QUICK, "--iterations=0"], "--iterations must be at least 1, got 0"),
+        (["--search", "--groups", "48", *QUICK], "row 48: GN_48"),
+        (["--search", "--storage", "nonsense", *QUICK], "ArgumentError: Could not parse"),
         (["--groups", "many", *QUICK], "--groups takes practical, closest"),
     ],
 )
