@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import batch_norm
 from torch import nn
 
@@ -26,6 +26,12 @@ DETECTRON2_NORM_NAMES = [
 ]
 
 
+class WatchedName(str):
+    """A norm's name that knows whether a norm has been asked for by it."""
+
+    asked = False
+
+
 def _extended(original: Callable) -> Callable:
     @functools.wraps(original)
     def get_norm(norm, out_channels: int) -> nn.Module | None:
@@ -34,6 +40,8 @@ def _extended(original: Callable) -> Callable:
         Raises:
             ValueError: The name is unknown; the message lists the valid ones.
         """
+        if isinstance(norm, WatchedName):
+            norm.asked = True
         if isinstance(norm, str) and norm:
             ours = group_norm_from_name(norm, out_channels)
             if ours is not None:
@@ -93,3 +101,27 @@ def check_norm_names(cfg: CfgNode) -> None:
 def group_norm_keys(cfg: CfgNode) -> list[str]:
     """The keys of ``cfg`` that choose a GroupNorm."""
     return [key for key, norm in norm_keys(cfg).items() if is_group_norm(norm)]
+
+
+def watch_norms(cfg: CfgNode) -> tuple[CfgNode, dict[str, WatchedName]]:
+    """A copy of ``cfg`` with names of ours that are watched, in the keys that Detectron2 lacks.
+
+    Heads of other projects often make a GroupNorm where the name is "GN" and no norm where it is
+    another, without a word.
+    """
+    known = flatten(get_cfg())
+    watched = {
+        key: WatchedName(norm)
+        for key, norm in norm_keys(cfg).items()
+        if key not in known and group_norm_from_name(norm, num_channels=1) is not None
+    }
+    if not watched:
+        return cfg, {}
+    copy = cfg.clone()
+    copy.defrost()
+    for key, name in watched.items():
+        section, _, last = key.rpartition(".")
+        functools.reduce(getattr, section.split("."), copy)[last] = name
+    if cfg.is_frozen():
+        copy.freeze()
+    return copy, watched

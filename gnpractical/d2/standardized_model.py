@@ -1,8 +1,12 @@
-"""``MODEL.GNP.WEIGHT_STANDARDIZATION``, which Detectron2's ``build_model`` applies from now on."""
+"""What Detectron2's ``build_model`` does from now on.
+
+It applies ``MODEL.GNP.WEIGHT_STANDARDIZATION``, and warns of ``NORM`` keys of which nothing comes.
+"""
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 
 from detectron2.config import CfgNode
@@ -10,12 +14,15 @@ from detectron2.layers import Conv2d
 from detectron2.modeling import meta_arch
 from torch import Tensor, nn
 
+from gnpractical.d2.norm import watch_norms
 from gnpractical.d2.rebind import rebind
 from gnpractical.layers.weight_standardization import (
     STANDARDIZED,
     WSConv2d,
     apply_weight_standardization,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class WSDetectronConv2d(WSConv2d, Conv2d):
@@ -39,7 +46,15 @@ STANDARDIZED[Conv2d] = WSDetectronConv2d
 def _extended(original: Callable) -> Callable:
     @functools.wraps(original)
     def build_model(cfg: CfgNode) -> nn.Module:
-        model = original(cfg)
+        watched_cfg, watched = watch_norms(cfg)
+        model = original(watched_cfg)
+        if unused := [f"{key} {name}" for key, name in watched.items() if not name.asked]:
+            logger.warning(
+                "No norm was built for %s: this part of the model does not ask Detectron2's "
+                "get_norm for it, and may have no norms at all. Where it tests for 'GN', let it "
+                "call get_norm.",
+                ", ".join(unused),
+            )
         if "GNP" in cfg.MODEL and cfg.MODEL.GNP.WEIGHT_STANDARDIZATION:
             try:
                 apply_weight_standardization(model, cfg.MODEL.GNP.WEIGHT_STANDARDIZATION)

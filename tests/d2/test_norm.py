@@ -11,9 +11,9 @@ import detectron2.layers
 import detectron2.layers.batch_norm
 import detectron2.modeling.backbone.resnet as resnet_module
 import torch
-from detectron2.config import LazyCall, get_cfg, instantiate
+from detectron2.config import CfgNode, LazyCall, get_cfg, instantiate
 from detectron2.layers import FrozenBatchNorm2d, get_norm
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from torch import nn
 
 import gnpractical.d2
@@ -256,3 +256,27 @@ def test_callable_norms_of_lazy_configs():
     stem = BasicStem(norm=lambda channels: get_norm("GN_PRACTICAL", channels))
     assert (stem.conv1.norm.in_channels, stem.conv1.norm.num_groups) == (3, 1)
     assert gnpractical.d2.add_gnp_config
+
+
+def test_a_norm_key_of_which_nothing_comes_is_warned_of(caplog):
+    """As heads of other projects do, one of these asks for "GN" only, and one calls get_norm."""
+
+    @META_ARCH_REGISTRY.register()
+    class Foreign(nn.Module):
+        def __init__(self, cfg):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 1)
+            self.odd = nn.GroupNorm(2, 8) if cfg.MODEL.ODD.NORM == "GN" else None
+            self.good = get_norm(cfg.MODEL.GOOD.NORM, 8)
+
+    cfg = get_cfg()
+    cfg.MODEL.DEVICE, cfg.MODEL.META_ARCHITECTURE = "cpu", "Foreign"
+    for part in ("ODD", "GOOD"):
+        cfg.MODEL[part] = CfgNode({"NORM": "GN_PRACTICAL"})
+    try:
+        model = build_model(cfg)
+    finally:
+        META_ARCH_REGISTRY._obj_map.pop("Foreign")
+    assert model.good.num_groups == 1 and model.odd is None
+    assert "No norm was built for MODEL.ODD.NORM GN_PRACTICAL:" in caplog.text
+    assert type(cfg.MODEL.ODD.NORM) is str
