@@ -12,7 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import (
+    DatasetCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.engine import (
     AMPTrainer,
     DefaultTrainer,
@@ -28,6 +32,7 @@ from torch import nn
 
 from gnpractical.d2.checkpoint import GNPCheckpointer
 from gnpractical.d2.evaluation import build_evaluator
+from gnpractical.d2.mapper import CheckedMapper
 from gnpractical.d2.preflight import check_datasets
 from gnpractical.d2.probe import GradientProbe
 from gnpractical.layers.pairing import require_resolved
@@ -151,6 +156,15 @@ class Trainer(DefaultTrainer):
         model = super().build_model(cfg)
         require_resolved(model)
         return model
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        return build_detection_train_loader(cfg, mapper=CheckedMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        mapper = CheckedMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageOps
 from tqdm.contrib.concurrent import thread_map
 
@@ -50,9 +51,27 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         raise ValueError(f"{path}: not a readable image ({e})") from e
 
 
+def check_depth(image: Image.Image, path: str) -> None:
+    """ValueError unless it has at most 8 bits a channel."""
+    if image.mode.startswith("I") or image.mode == "F":
+        raise ValueError(f"{path}: 16 or 32 bits a pixel, 8 are required; convert the image")
+
+
+def check_size(image: Image.Image, path: str, entry: Json) -> None:
+    """ValueError unless it has the size that its ``entry`` in the annotations says."""
+    if image.size != (entry["width"], entry["height"]):
+        raise ValueError(
+            f"{path} is {image.width}x{image.height} pixels, but {entry['width']}x"
+            f"{entry['height']} in the annotations"
+        )
+
+
 def semantic_labels(categories: Iterable[Json]) -> dict[int, int]:
     """category_id -> label of the semantic branch: things share 0, stuff is 1, 2, ... by id."""
     categories = list(categories)
+    for category in categories:
+        if category["isthing"] not in (0, 1):
+            raise ValueError(f"isthing must be 0 or 1: {str(category)[:80]}")
     stuff = sorted(c["id"] for c in categories if not c["isthing"])
     if len(stuff) >= IGNORE_LABEL:
         raise ValueError(f"{len(stuff)} stuff categories do not fit an 8-bit semantic PNG (254)")
@@ -101,27 +120,34 @@ def prepare_semantic(
     labels = semantic_labels(data["categories"])
     semantic_dir = Path(semantic_dir)
     semantic_dir.mkdir(parents=True, exist_ok=True)
-    todo = [a for a in data["annotations"] if not (semantic_dir / a["file_name"]).exists()]
+    sizes = {i["id"]: (i.get("height"), i.get("width")) for i in data.get("images", [])}
 
     def write(annotation: Json) -> str | None:
         name = annotation["file_name"]
         try:
             ids = read_ids(Path(panoptic_dir) / name)
+            size = sizes.get(annotation["image_id"], (None, None))
+            if None not in size and ids.shape != size:
+                raise ValueError(f"{ids.shape} pixels, but {size} (height, width) in the JSON")
             semantic = panoptic_to_semantic(ids, annotation["segments_info"], labels)
         except ValueError as e:
             return f"{name}: {e}"
         path = semantic_dir / name
         path.parent.mkdir(parents=True, exist_ok=True)  # names may have folders in them
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part = path.with_name(f".{path.name}.part")
         Image.fromarray(semantic).save(part, format="PNG")
         os.replace(part, path)
         return None
 
-    # Threads: decoding PNGs and sorting ids, where the time goes, both release the GIL.
-    workers = workers or os.cpu_count()
-    results = thread_map(
-        write, todo, max_workers=workers, desc="semantic PNGs", leave=False, disable=None
-    )
+    with FileLock(semantic_dir.with_name(f".{semantic_dir.name}.lock")):
+        for part in semantic_dir.rglob(".*.part"):  # of a run that was killed
+            part.unlink()
+        todo = [a for a in data["annotations"] if not _is_there(semantic_dir / a["file_name"])]
+        # Threads: decoding PNGs and sorting ids, where the time goes, both release the GIL.
+        workers = workers or os.cpu_count()
+        results = thread_map(
+            write, todo, max_workers=workers, desc="semantic PNGs", leave=False, disable=None
+        )
     problems = [p for p in results if p]
     if problems:
         raise ValueError(
@@ -129,6 +155,10 @@ def prepare_semantic(
             f"usable, first: {'; '.join(problems[:3])}"
         )
     return len(todo)
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
 
 
 def panoptic_quality(

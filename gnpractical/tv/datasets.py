@@ -20,7 +20,14 @@ from torchvision.transforms import v2
 
 from gnpractical.datasets.annotations import to_rle
 from gnpractical.datasets.coco_files import check_annotations, check_files, split_files
-from gnpractical.datasets.panoptic import Json, read_image, read_json, semantic_labels
+from gnpractical.datasets.panoptic import (
+    Json,
+    check_depth,
+    check_size,
+    read_image,
+    read_json,
+    semantic_labels,
+)
 from gnpractical.datasets.shapes import FOLDER, make_shapes
 from gnpractical.tv.distributed import all_gather, rank
 
@@ -183,11 +190,6 @@ def _instances(image: Json, annotations: list[Json], panoptic: bool) -> list[tup
 def _open(path: str, entry: Json) -> Image.Image:
     """The image at ``path``, upright, of the size that its ``entry`` in the annotations says."""
     image = read_image(path)
-    if image.mode.startswith("I"):
-        raise ValueError(f"{path}: 16 or 32 bits a pixel, 8 are required; convert the image")
-    if image.size != (entry["width"], entry["height"]):
-        raise ValueError(
-            f"{path} is {image.width}x{image.height} pixels, but {entry['width']}x"
-            f"{entry['height']} in the annotations"
-        )
+    check_depth(image, path)
+    check_size(image, path, entry)
     return image

@@ -5,9 +5,11 @@ import pytest
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
 
 from gnpractical.d2.datasets import register_shapes
+from gnpractical.d2.mapper import CheckedMapper
 from gnpractical.d2.preflight import check_datasets
 
 NAME = "gnp_shapes_train"
@@ -16,8 +18,6 @@ NAME = "gnp_shapes_train"
 @pytest.fixture
 def own_copy(tmp_path, few_shapes):
     """gnp_shapes registered over a copy that a test may spoil, under a name of its own."""
-    from detectron2.data import DatasetCatalog
-
     folder = tmp_path / "copy"
     shutil.copytree(few_shapes, folder)
     for split in ("train", "val"):
@@ -115,3 +115,20 @@ def test_harmless_problems_are_logged(tiny_cfg, own_copy, caplog):
     spoil(own_copy, "instances", orphan)
     check_datasets(tiny_cfg(), (NAME,))
     assert "image id without image (ignored): 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "key, picture, message",
+    [
+        ("file_name", Image.new("I;16", (160, 120)), "16 or 32 bits a pixel, 8 are required"),
+        ("sem_seg_file_name", Image.new("I;16", (160, 120)), "16 or 32 bits a pixel"),
+        ("sem_seg_file_name", Image.new("L", (160, 119)), "is 160x119 pixels, but 160x120"),
+    ],
+)
+def test_pictures_that_would_be_read_wrongly(tiny_cfg, own_copy, tmp_path, key, picture, message):
+    sample = DatasetCatalog.get(NAME)[0]
+    mapper = CheckedMapper(tiny_cfg(), is_train=True)
+    assert "sem_seg" in mapper(sample)
+    picture.save(tmp_path / "odd.png")
+    with pytest.raises(ValueError, match=rf"odd.png.*{message}"):
+        mapper(sample | {key: str(tmp_path / "odd.png")})

@@ -373,6 +373,25 @@ def test_prepare_writes_all_and_resumes(tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.png", "1.png", "2.png"]
 
 
+def test_prepare_makes_empty_files_again_and_refuses_other_sizes(tmp_path):
+    json_file, pngs = write(tmp_path, "gt", [(halves(1, 2), {1: (1, 0), 2: (92, 0)})])
+    out = tmp_path / "semantic"
+    assert prepare_semantic(json_file, pngs, out) == 1
+    (png,) = out.iterdir()
+    png.write_bytes(b"")
+    (out / ".left.png.part").write_bytes(b"half")
+    assert prepare_semantic(json_file, pngs, out) == 1
+    assert png.stat().st_size > 0 and list(out.iterdir()) == [png]
+    data = json.loads(json_file.read_text())
+    data["images"][0] |= {"height": 11, "width": 20}
+    json_file.write_text(json.dumps(data))
+    png.unlink()
+    with pytest.raises(ValueError, match=r"\(10, 20\) pixels, but \(11, 20\)"):
+        prepare_semantic(json_file, pngs, out)
+    with pytest.raises(ValueError, match="isthing must be 0 or 1"):
+        semantic_labels([{"id": 3, "isthing": 2}])
+
+
 def test_prepare_refuses_ids_that_the_json_lacks_but_writes_the_rest(tmp_path):
     good = (halves(1, 2), {1: (1, 0), 2: (92, 0)})
     bad = (halves(1, 2), {1: (1, 0)})
