@@ -229,7 +229,7 @@ def _feeding_sources(
         widths = [width for layer in pair.layers.values() if (width := layer_widths(layer))]
         # Several layers may be concatenated, or take turns; who resolved the norm knows.
         in_channels = getattr(norm, "in_channels", None) or sum(width[0] for width in widths)
-        source = Source(in_channels, norm_width(norm) or 0, tuple(pair.layers), 0)
+        source = Source(in_channels, norm_width(norm) or 0, tuple(pair.layers), 0, 0)
         feeding[norm] = source if widths else None, "no layer before it in its module feeds it"
     return feeding
 

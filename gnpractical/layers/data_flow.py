@@ -5,8 +5,9 @@ Every tensor is tagged:
 * the output of a convolution or linear layer, module or function, comes from that layer;
 * a concatenation along the channels comes from all its parts, whose widths add up: side by side
   they are one layer, like the groups of a grouped convolution;
-* of several tensors in one operation (a residual addition) the one whose layer ran last counts;
-  where one is broadcast over another (a gate), the other;
+* of several tensors in one operation (a residual addition) the one that came through the most
+  layers counts, of these the one whose layer is the widest, whichever ran first; where one is
+  broadcast over another (a gate), the other;
 * everything else (activations, norms, pooling, reshaping) passes its input's tag on.
 """
 
@@ -43,6 +44,7 @@ class Source:
         in_channels, out_channels: their widths, added up over concatenated layers.
         layers: their paths in the model, or ``FUNCTION`` for a function without a module.
         order: when the last of them ran.
+        depth: how many layers it came through, one after the other.
         input, output: where gradients are found, if there are any: at the input of one layer, at
             its output or that of a concatenation.
         parts: what was concatenated, if there are gradients.
@@ -52,6 +54,7 @@ class Source:
     out_channels: int
     layers: tuple[str, ...]
     order: int
+    depth: int
     input: GradientEdge | None = field(default=None, compare=False)
     output: GradientEdge | None = field(default=None, compare=False)
     parts: tuple[Tagged, ...] = field(default=(), compare=False)
@@ -68,11 +71,13 @@ class Tagged:
 
 @dataclass(frozen=True)
 class _Running:
-    """A weight layer whose forward is being run, the ``order`` at its start, its input's edge."""
+    """A weight layer whose forward is being run, ``order`` and its depth at its start, its input's
+    edge."""
 
     name: str
     layer: nn.Module
     started: int
+    depth: int
     input: GradientEdge | None
 
 
@@ -115,17 +120,18 @@ class DataFlow(TorchFunctionMode):
 
     def _enter_layer(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> tuple:
         key, x = _first_tensor(args, kwargs)
-        edge = None
+        edge, depth = None, 1
         if x is not None:
+            depth = self._depth(x) + 1
             x, edge = self.at_layer(layer, x)
             args, kwargs = _with_first(args, kwargs, key, x)
-        self._running.append(_Running(name, layer, self._order, edge))
+        self._running.append(_Running(name, layer, self._order, depth, edge))
         return args, kwargs
 
     def _leave_layer(self, layer: nn.Module, args: Any, output: Any) -> None:
         running = self._running.pop()
         if isinstance(output, Tensor) and not self._already_tagged(running, output):
-            self._sources[output] = self._layer_source(output, running)
+            self._sources[output] = self._layer_source(output, running, running.depth)
 
     def _enter_norm(self, norm: nn.Module, args: tuple, kwargs: dict) -> tuple:
         key, y = _first_tensor(args, kwargs)
@@ -135,7 +141,7 @@ class DataFlow(TorchFunctionMode):
         running = self._running[-1] if self._running else None
         # Detectron2's norms are inside their convolutions.
         if running and norm in running.layer.children() and not self._already_tagged(running, y):
-            source = self._layer_source(y, running)
+            source = self._layer_source(y, running, running.depth)
         return _with_first(args, kwargs, key, self.at_norm(norm, y, source))
 
     def _already_tagged(self, running: _Running, output: Tensor) -> bool:
@@ -147,15 +153,24 @@ class DataFlow(TorchFunctionMode):
         return source is not None and source.order > running.started
 
     def _layer_source(
-        self, output: Tensor, running: _Running | None, widths: tuple[int, int] | None = None
+        self,
+        output: Tensor,
+        running: _Running | None,
+        depth: int,
+        widths: tuple[int, int] | None = None,
     ) -> Source:
         self._order += 1
         if running is None:
             assert widths is not None
-            return Source(*widths, (FUNCTION,), self._order)
+            return Source(*widths, (FUNCTION,), self._order, depth)
         widths = widths or layer_widths(running.layer)
         assert widths is not None
-        return Source(*widths, (running.name,), self._order, running.input, _edge(output))
+        edges = running.input, _edge(output)
+        return Source(*widths, (running.name,), self._order, depth, *edges)
+
+    def _depth(self, value: Any) -> int:
+        source = self._source(value)
+        return source.depth if source else 0
 
     def _source(self, value: Any) -> Source | None:
         return self._sources.get(value) if isinstance(value, Tensor) else None
@@ -169,7 +184,8 @@ class DataFlow(TorchFunctionMode):
         widths = _function_widths(func, args, kwargs)
         if widths is not None:
             running = self._running[-1] if self._running else None
-            self._sources[result] = self._layer_source(result, running, widths)
+            depth = self._depth(next(tensors_in((args, kwargs)))) + 1
+            self._sources[result] = self._layer_source(result, running, depth, widths)
             return result
         inputs = list(tensors_in((args, kwargs)))
         if func in _PRODUCTS and any(isinstance(t, nn.Parameter) for t in inputs):
@@ -180,7 +196,7 @@ class DataFlow(TorchFunctionMode):
                 if _joins_channels(func, args, kwargs, output):
                     source = _concatenated_source(inputs, sources, output)
                 else:
-                    source = _latest_source(sources, [tensor.shape for tensor in inputs], output)
+                    source = _deepest_source(sources, [tensor.shape for tensor in inputs], output)
                 if source is not None:
                     self._sources[output] = source
         return result
@@ -216,18 +232,19 @@ def _concatenated_source(
         sum(part.source.out_channels for part in parts),
         tuple(name for part in parts for name in part.source.layers),
         max(part.source.order for part in parts),
+        max(part.source.depth for part in parts),
         output=_edge(output),
         parts=tuple(parts) if output.requires_grad else (),  # else nothing will ask for them
     )
 
 
-def _latest_source(
+def _deepest_source(
     sources: list[Source | None], shapes: list[torch.Size], output: Tensor
 ) -> Source:
     # What is broadcast over the others (a gate, a scale) does not say where the values come from.
     whole = [s for s, shape in zip(sources, shapes, strict=True) if s and shape == output.shape]
     candidates = whole or [source for source in sources if source is not None]
-    return max(candidates, key=lambda source: source.order)
+    return max(candidates, key=lambda s: (s.depth, s.in_channels, s.out_channels, s.order))
 
 
 def _edge(output: Tensor) -> GradientEdge | None:

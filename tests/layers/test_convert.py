@@ -303,3 +303,23 @@ def test_measured_and_weight_standardization():
     assert fold_weight_standardization(model) == 2
     assert type(model[0]) is nn.Conv2d
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("wide_first", [False, True])
+def test_a_norm_after_a_sum_gets_the_same_count_whichever_branch_ran_first(wide_first):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 256, 1)
+            self.wide, self.narrow = nn.Conv2d(256, 128, 1), nn.Conv2d(64, 128, 1)
+            self.norm = nn.BatchNorm2d(128)
+
+        def forward(self, x):
+            x = self.stem(x)
+            branches = [lambda: self.wide(x), lambda: self.narrow(x[:, :64])]
+            a, b = [branch() for branch in branches[:: 1 if wide_first else -1]]
+            return self.norm(a + b)
+
+    model = Sum()
+    convert(model, torch.randn(2, 3, 8, 8))
+    assert (model.norm.in_channels, model.norm.num_groups) == (256, 32)
