@@ -16,8 +16,8 @@ from torch import nn
 
 from gnpractical.layers.data_flow import FUNCTION, Source
 from gnpractical.layers.group_norm import MIN_VALUES, PracticalGroupNorm
-from gnpractical.layers.norm_calls import NormCalls, trace_norms
-from gnpractical.layers.pairing import find_pairs, layer_widths, norm_width
+from gnpractical.layers.norm_calls import feeding_sources, trace_norms
+from gnpractical.layers.pairing import layer_widths, norm_width
 from gnpractical.layers.weight_standardization import standardize_layer
 from gnpractical.num_groups import check_num_groups, check_width, divisors
 
@@ -134,7 +134,7 @@ def convert(
     if not norms:
         raise ValueError(f"{type(model).__name__} has no BatchNorm or GroupNorm to convert")
     calls = {} if example_inputs is None else trace_norms(model, example_inputs)
-    feeding = _feeding_sources(model, calls)
+    feeding = feeding_sources(model, calls)
 
     plans = []
     for name, norm in norms.items():
@@ -214,42 +214,6 @@ def _apply(model: nn.Module, plans: Sequence[_Plan], weight_standardization: boo
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, _with_rest(module, new[module]))
     return _with_rest(model, new[model]) if model in new else model
-
-
-def _feeding_sources(
-    model: nn.Module, calls: dict[nn.Module, NormCalls]
-) -> dict[nn.Module, tuple[Source | None, str]]:
-    """For every norm the layers that feed it, or None and why they are not known."""
-    feeding: dict[nn.Module, tuple[Source | None, str]] = {}
-    for pair in find_pairs(model):
-        norm = pair.norm
-        if norm in calls:
-            feeding[norm] = _one_source(calls[norm].sources, norm_width(norm))
-            continue
-        widths = [width for layer in pair.layers.values() if (width := layer_widths(layer))]
-        # Several layers may be concatenated, or take turns; who resolved the norm knows.
-        in_channels = getattr(norm, "in_channels", None) or sum(width[0] for width in widths)
-        source = Source(in_channels, norm_width(norm) or 0, tuple(pair.layers), 0, 0)
-        feeding[norm] = source if widths else None, "no layer before it in its module feeds it"
-    return feeding
-
-
-def _one_source(
-    sources: list[Source | None], num_channels: int | None
-) -> tuple[Source | None, str]:
-    known = [source for source in sources if source]
-    if len(known) < len(sources):
-        return None, "what reaches it comes from no weight layer, or from an operation not known"
-    first = known[0]
-    if len({source.in_channels for source in known}) > 1:
-        return None, "it is called several times, after layers of different input widths"
-    if first.out_channels != num_channels:
-        return None, (
-            f"what reaches it comes from {first.out_channels} output channels "
-            f"({', '.join(first.layers[:3])}), not from its own number"
-        )
-    layers = dict.fromkeys(layer for source in known for layer in source.layers)
-    return replace(first, layers=tuple(layers)), ""
 
 
 def _replacement(

@@ -168,10 +168,10 @@ class PracticalGroupNorm(nn.GroupNorm):
             )
         raise RuntimeError(
             f"{self}: no weight layer was found that feeds this norm, so its number of groups is "
-            f"unknown (gnpractical.group_report(model) shows its path). Register it right after "
-            f"its conv or linear layer in the same module, or call "
-            f"resolve(in_channels=<input width of that layer>) on it, or give this part of the "
-            f"model a fixed number of groups, such as GN_32."
+            f"unknown (gnpractical.group_report(model) shows its path). Call "
+            f"gnpractical.resolve_norms(model, example_inputs), or register it right after its "
+            f"conv or linear layer in the same module, or call resolve(in_channels=<input width "
+            f"of that layer>) on it, or give this part of the model a fixed number, such as GN_32."
         )
 
     @_outside_graphs

@@ -116,8 +116,9 @@ def require_resolved(model: nn.Module) -> None:
     if unresolved:
         raise ValueError(
             f"{len(unresolved)} norms have no number of groups, because no weight layer was found "
-            f"that feeds them: {', '.join(unresolved[:5])}. Register each right after its conv or "
-            f"linear layer, call resolve(in_channels=...) on it, or use a fixed GN_<k> there."
+            f"that feeds them: {', '.join(unresolved)}. Call gnpractical.resolve_norms(model, "
+            f"example_inputs), register each right after its conv or linear layer, or use a fixed "
+            f"GN_<k> there."
         )
 
 
