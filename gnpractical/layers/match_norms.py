@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gnpractical.layers.group_norm import PracticalGroupNorm
-from gnpractical.layers.pairing import norm_width
+from gnpractical.layers.pairing import check_model, norm_width
 from gnpractical.layers.unchanged import Run, run_forward
 
 Hook = Callable[..., Tensor | None]
@@ -78,6 +78,7 @@ def match_norms(
             than GroupNorms; a target is not of its norm's width; or something is not finite.
         RuntimeError: A norm has no number of groups yet. After any error the model is as it was.
     """
+    check_model(model)
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.GroupNorm)}
     if not norms:
         raise ValueError(f"{type(model).__name__} has no GroupNorm to match")
@@ -112,6 +113,7 @@ def norm_targets(
     For originals whose weights and biases do not say it: frozen BatchNorm with folded statistics,
     or GroupNorm. The arguments and errors are those of :func:`match_norms`.
     """
+    check_model(original)
     # Some of timm's hold an activation, too, behind which this would measure.
     norms = {
         name: module

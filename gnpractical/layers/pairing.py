@@ -41,6 +41,12 @@ class NormPair:
     layers: dict[str, nn.Module]
 
 
+def check_model(model: nn.Module) -> None:
+    """TypeError unless ``model`` is a module of PyTorch's."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
 def layer_widths(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) full channel counts of a weight layer, None for any other module.
 
@@ -79,6 +85,7 @@ def find_pairs(model: nn.Module) -> list[NormPair]:
     and remembered in the norm's ``fed_by``, as long as these layers are in the model, or else what
     the structure says.
     """
+    check_model(model)
     paths = {module: name for name, module in model.named_modules()}
     pairs: dict[nn.Module, NormPair] = {}
     if norm_width(model) is not None:

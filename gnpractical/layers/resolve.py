@@ -9,6 +9,7 @@ from torch import nn
 from gnpractical.layers.data_flow import FUNCTION
 from gnpractical.layers.group_norm import MEASURED, PracticalGroupNorm
 from gnpractical.layers.norm_calls import feeding_sources, trace_norms
+from gnpractical.layers.pairing import check_model
 
 
 def resolve_norms(model: nn.Module, example_inputs: Any) -> dict[str, int | None]:
@@ -28,6 +29,7 @@ def resolve_norms(model: nn.Module, example_inputs: Any) -> dict[str, int | None
         ValueError: The model cannot run on the inputs, or norms do not run or have no one layer.
             The message names all of them, and none is changed.
     """
+    check_model(model)
     unresolved = {
         name: module
         for name, module in model.named_modules()

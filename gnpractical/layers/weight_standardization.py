@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnpractical.layers.pairing import NormPair, find_pairs
+from gnpractical.layers.pairing import NormPair, check_model, find_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +140,7 @@ def fold_weight_standardization(model: nn.Module) -> int:
     Raises:
         TypeError: A convolution cannot be folded, or shares its weight. Nothing is folded.
     """
+    check_model(model)
     convs = [module for module in model.modules() if isinstance(module, WSConv2d)]
     weights = {conv.weight for conv in convs}
     for name, module in model.named_modules():

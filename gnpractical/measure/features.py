@@ -22,7 +22,7 @@ from gnpractical.activation_gain import activation_gain
 from gnpractical.gradient_law import norm_factor
 from gnpractical.layers.data_flow import Source
 from gnpractical.layers.match_norms import channel_moments
-from gnpractical.layers.pairing import layer_widths
+from gnpractical.layers.pairing import check_model, layer_widths
 from gnpractical.layers.unchanged import Run, run_forward
 from gnpractical.layers.weight_standardization import WSConv2d, standardize_weight
 from gnpractical.measure.unit_blocks import Activation, BlockFlow
@@ -94,6 +94,7 @@ def feature_statistics(
         ValueError: There is no GroupNorm, or no batch, or a norm gets values that are not finite.
         RuntimeError: A norm has no number of groups yet.
     """
+    check_model(model)
     blocks: dict[nn.Module, _Block] = {
         module: _Block(name, module)
         for name, module in model.named_modules()

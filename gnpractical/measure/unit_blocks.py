@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gnpractical.layers.activations import ACTIVATION_FUNCTIONS
 from gnpractical.layers.data_flow import DataFlow, Source, Tagged, tensors_in
-from gnpractical.layers.pairing import norm_width
+from gnpractical.layers.pairing import check_model, norm_width
 from gnpractical.layers.unchanged import unchanged
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -112,6 +112,7 @@ def run_batches(
 
 def find_norms(model: nn.Module) -> dict[nn.Module, str]:
     """The norms of ``model`` and their paths; ValueError if there are none."""
+    check_model(model)
     norms = {m: name for name, m in model.named_modules() if norm_width(m) is not None}
     if not norms:
         raise ValueError(f"{type(model).__name__} has no unit block: there is no norm in it.")
