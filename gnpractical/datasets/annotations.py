@@ -14,6 +14,9 @@ from gnpractical.datasets.panoptic import Json
 # Detectron2 drops a box or mask that is empty once clipped to its image. A few occur in COCO
 # itself; more than this share means coordinates of other images or of another resolution.
 MAX_DROPPED = 0.01
+_ID = (int, str)
+_KINDS: dict[str, Any] = dict.fromkeys(("id", "image_id", "category_id"), _ID)
+_KINDS |= {"file_name": str, "segments_info": list}
 MIN_DROPPED = 3  # in a small data set a few are more than that share and still just a few
 
 
@@ -129,6 +132,9 @@ def _entries(data: Any, key: str, *required: str, of: str = "the JSON") -> list[
         for k in required:
             if not isinstance(entry, dict) or k not in entry:
                 raise ValueError(f"{key}[{i}] of {of} has no {k!r}: {str(entry)[:80]}")
+            kinds = _KINDS.get(k, object)
+            if not isinstance(entry[k], kinds) or isinstance(entry[k], bool) and kinds == _ID:
+                raise ValueError(f"{key}[{i}] of {of} has an odd {k!r}: {str(entry)[:80]}")
     return entries
 
 
