@@ -34,7 +34,7 @@ SCORES = (
 JUDGED = ("panoptic_seg/PQ", "bbox/AP")
 
 
-class Diverged(RuntimeError):
+class Diverged(ChildProcessError):
     """A run whose loss became infinite or nan."""
 
 
@@ -55,7 +55,7 @@ def train_once(
     Raises:
         ValueError: The folder holds a run with another config, or a damaged result.
         Diverged: The loss became infinite or nan.
-        RuntimeError: The run failed.
+        ChildProcessError: The run failed.
     """
     result = folder / (f"result_{stop_at}.json" if stop_at else "result.json")
     config, log = folder / "settings.yaml", folder / "output.txt"
@@ -84,8 +84,8 @@ def train_once(
             raise
     if status:
         last = log.read_text().strip().splitlines()[-1:] or [""]
-        error = Diverged if "The loss became" in last[0] else RuntimeError
-        raise error(f"{folder}: the run failed, see {log}: {last[0][:300]}")
+        error = Diverged if "The loss became" in last[0] else ChildProcessError
+        raise error(f"{folder}: the run failed, see {log}: {last[0].removeprefix('error: ')[:300]}")
     measured = _read_metrics(folder / "metrics.json")
     if stop_at and measured["losses"] and measured["losses"][-1][0] >= stop_at:
         raise ValueError(
