@@ -199,6 +199,9 @@ def panoptic_quality(
 def read_json(path: str | os.PathLike) -> Json:
     """The content of a JSON file, or a ValueError that names it if it is missing or malformed."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not a readable JSON file ({e})") from e
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object as COCO's, not a {type(data).__name__}")
+    return data

@@ -144,6 +144,9 @@ class GroupCheckpointer(Checkpointer):
             weights = loaded["model"]
             _check_weights(weights)
             check_record(loaded.get(RECORD_KEY, {}))
+            iteration = loaded.get("iteration", 0)
+            if RECORD_KEY in loaded and not (isinstance(iteration, int) and iteration >= 0):
+                raise TypeError(f"its iteration must be a number from 0 on, got {iteration!r}")
         except Exception as e:  # a damaged file can fail in any way
             reason = " ".join(str(e).split())[:300]
             if "weights_only" in reason:  # PyTorch advises to run its code

@@ -55,10 +55,16 @@ def record_of_batch_norms(model: nn.Module, weights: Iterable[str]) -> dict[str,
 
 
 def check_record(record: GroupRecord) -> None:
-    """KeyError if an entry lacks a field."""
-    for entry in record.values():
-        if not {"num_groups", "norm", "weight_standardized"} <= entry.keys():
-            raise KeyError(f"incomplete {RECORD_KEY}")
+    """TypeError or KeyError unless each entry has its fields, of their types."""
+    for name, entry in record.items():
+        sound = (
+            isinstance(name, str)
+            and isinstance(entry["num_groups"], int | None)
+            and isinstance(entry["norm"], str)
+            and isinstance(entry["weight_standardized"], bool)
+        )
+        if not sound:
+            raise TypeError(f"its {RECORD_KEY} has an odd entry: {name!r}: {str(entry)[:80]}")
 
 
 def take_recorded(model: nn.Module, record: GroupRecord) -> None:

@@ -10,6 +10,7 @@ from gnpractical.datasets.panoptic import (
     panoptic_quality,
     panoptic_to_semantic,
     prepare_semantic,
+    read_json,
     rgb_to_id,
     semantic_labels,
 )
@@ -399,3 +400,10 @@ def test_prepare_refuses_ids_that_the_json_lacks_but_writes_the_rest(tmp_path):
     with pytest.raises(ValueError, match=r"1 of 2 annotations.*0.png: ids in the PNG.*\[2\]"):
         prepare_semantic(json_path, folder, tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["1.png"]
+
+
+@pytest.mark.parametrize("text", ["3", "[1]", "null", '"x"', "[" * 100_000, "{"])
+def test_json_files_that_hold_no_object(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=r"a.json(: not a readable JSON| must hold a JSON object)"):
+        read_json(tmp_path / "a.json")

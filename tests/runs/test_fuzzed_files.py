@@ -91,3 +91,23 @@ def test_configs(tmp_path, edits):
         load_config(str(path))
     except ValueError as e:
         assert str(e) and "\n" not in str(e)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"gnp_groups": {"1": {"num_groups": torch.ones(2)}}}, "KeyError|TypeError"),
+        ({"gnp_groups": {3: {}}}, "TypeError"),
+        ({"gnp_groups": {"1": None}}, "TypeError"),
+        ({"gnp_groups": [1, 2]}, "AttributeError"),
+        ({"iteration": "many"}, "iteration must be a number from 0 on, got 'many'"),
+        ({"iteration": -7}, "iteration must be a number from 0 on, got -7"),
+    ],
+)
+def test_tampered_records(tmp_path, change, message):
+    model = small()
+    Checkpointer(model, str(tmp_path)).save("own")
+    saved = torch.load(tmp_path / "own.pth", weights_only=True)
+    torch.save(saved | change, tmp_path / "own.pth")
+    with pytest.raises(ValueError, match=rf"own.pth is no checkpoint.*({message})"):
+        Checkpointer(small()).load(str(tmp_path / "own.pth"))
