@@ -9,6 +9,7 @@ AP) of trainings with tools/train_torchvision.py, --quick, 400 iterations, warmu
     shapes    Panoptic FPN on the embedded shapes
     bccd      --model fasterrcnn_resnet_fpn --dataset bccd --min-size 240
     bccd_ws   the same with --weight-standardization
+    bccd_ws_100  as bccd_ws, with 100 iterations in all
 
 Every row has the better of its learning rates on seed 0. The predictors need the images.
 """
@@ -37,6 +38,7 @@ OPTIONS = {
     "bccd": "--quick --model fasterrcnn_resnet_fpn --dataset bccd --min-size 240".split(),
 }
 OPTIONS["bccd_ws"] = [*OPTIONS["bccd"], "--weight-standardization"]
+OPTIONS["bccd_ws_100"] = OPTIONS["bccd_ws"]
 
 
 def read_rows(path):
