@@ -28,6 +28,9 @@ from gnpractical.layers.weight_standardization import WSConv2d, standardize_weig
 from gnpractical.measure.unit_blocks import Activation, BlockFlow
 from gnpractical.num_groups import check_num_groups
 
+# So many images, or regions of a detector's heads, of a batch are compared with one another.
+_COMPARED = 64
+
 
 @dataclass(frozen=True)
 class BlockFeatures:
@@ -40,8 +43,8 @@ class BlockFeatures:
         activation: The activation that follows the norm directly, such as "relu", or None.
         mean_share: The share of energy in the channels' means in front of the norm.
         mean_share_behind: The same behind the norm.
-        similarity: The mean cosine between the features of two images of a batch, behind the norm;
-            None where no batch had two.
+        similarity: The mean cosine between the features of two images of a batch, behind the norm,
+            among the first 64; None where no batch had two.
         effective_rank: How many images' features are different: the exponential of the entropy
             of the spectrum of their cosines, from 1 to the number of images. None as above.
         positions: H W in the mean over samples.
@@ -176,11 +179,12 @@ class _Block:
         variance = v.mean(2, keepdim=True) + m.var(2, correction=0, keepdim=True) + norm.eps
         m = ((m - m.mean(2, keepdim=True)) / variance.sqrt()).flatten(1)
         v = (v / variance).flatten(1)
-        if norm.affine:
-            m, v = m * norm.weight + norm.bias, v * norm.weight**2
-        return m, v
+        if norm.weight is not None:
+            m, v = m * norm.weight, v * norm.weight**2
+        return m if norm.bias is None else m + norm.bias, v
 
     def leave(self, z: Tensor) -> None:
+        z = z[:_COMPARED]
         if len(z) < 2:
             return
         features = z.flatten(1).float()
@@ -202,7 +206,7 @@ class _Block:
         activation = self.activation.name if self.activation else None
         scale = None
         if self._scale is not None:
-            weight = norm.weight.square().mean().item() if norm.affine else 1.0
+            weight = 1.0 if norm.weight is None else norm.weight.square().mean().item()
             backward = _gain_of(activation).backward if activation else 1.0
             scale = self._scale / self._values * weight * backward
         share, behind = (
@@ -240,7 +244,9 @@ def _backward_gain(layers: list[tuple[nn.Module, torch.Size]]) -> float | None:
         if isinstance(layer, WSConv2d):
             weight = standardize_weight(weight)
         # A position of the input is read by some of the taps only, at strides and borders.
-        read = _taps_read(layer, size) if isinstance(layer, nn.Conv2d) else 1.0
+        read = 1.0
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            read = _taps_read(layer, size)
         total += torch.linalg.vector_norm(weight.detach()).item() ** 2 * read
         width += widths[0]
     return total / width if width else None
@@ -249,11 +255,12 @@ def _backward_gain(layers: list[tuple[nn.Module, torch.Size]]) -> float | None:
 _gain_of = cache(activation_gain)  # which integrates anew each time
 
 
-def _taps_read(layer: nn.Conv2d, size: torch.Size) -> float:
+def _taps_read(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, size: torch.Size) -> float:
     """The share of a filter's taps that read a position, in the mean over the input's positions."""
     if layer.padding_mode != "zeros":  # there are no borders
         return 1 / math.prod(layer.stride)
     ones = torch.ones(1, 1, *size)
     taps = torch.ones(1, 1, *layer.kernel_size)
-    reads = F.conv2d(ones, taps, None, layer.stride, layer.padding, layer.dilation).sum().item()
+    convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(layer.kernel_size)]
+    reads = convolve(ones, taps, None, layer.stride, layer.padding, layer.dilation).sum().item()
     return reads / (ones.numel() * taps.numel())

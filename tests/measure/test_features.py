@@ -55,6 +55,19 @@ def test_the_law_from_a_forward_pass_is_what_a_backward_pass_measures(
     assert block.gradient_variance_ratio() == pytest.approx(measured.ratio, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "conv, size", [(nn.Conv1d(32, 64, 3, 2, 1), (64,)), (nn.Conv3d(32, 64, 3, 2, 1), (8, 8, 8))]
+)
+def test_other_dimensions_and_norms_without_bias(conv, size):
+    torch.manual_seed(0)
+    nn.init.kaiming_normal_(conv.weight)
+    model = nn.Sequential(conv, nn.GroupNorm(8, 64, bias=False), nn.ReLU())
+    x = torch.randn(16, 32, *size).relu()
+    (block,) = feature_statistics(model, [x])
+    (measured,) = measure_gradient_variance(model, [x], white_loss)
+    assert block.gradient_variance_ratio() == pytest.approx(measured.ratio, rel=0.08)
+
+
 def test_linear_layers():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 128), nn.GroupNorm(8, 128), nn.ReLU())
