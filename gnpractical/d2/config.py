@@ -14,6 +14,8 @@ from gnpractical.d2.norm import check_norm_names, flatten
 
 MISMATCH_CHOICES = ("error", "warn", "ignore")
 _DEPTHS = (18, 34, 50, 101, 152)
+_RESNETS = [f"build_{kind}_backbone" for kind in ("resnet", "resnet_fpn", "retinanet_resnet_fpn")]
+_RESNETS += ["build_gnp_resnet_backbone", "build_gnp_resnet_fpn_backbone"]
 _LEAST = {
     "MODEL.GNP.CALIBRATION_BATCHES": 1,
     "MODEL.GNP.MATCH_BATCHES": 0,
@@ -117,7 +119,8 @@ def _check(cfg: CfgNode) -> None:
         value = flatten(cfg)[key]
         if not value >= least:
             raise ValueError(f"{key} must be at least {least}, got {value}")
-    if cfg.MODEL.RESNETS.DEPTH not in _DEPTHS:
+    # Other projects' ResNets have other depths.
+    if cfg.MODEL.BACKBONE.NAME in _RESNETS and cfg.MODEL.RESNETS.DEPTH not in _DEPTHS:
         raise ValueError(
             f"MODEL.RESNETS.DEPTH must be one of {', '.join(map(str, _DEPTHS))}; "
             f"got {cfg.MODEL.RESNETS.DEPTH}"
