@@ -11,6 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -121,10 +122,12 @@ def find_best(
     """
     stops = stops_of(iterations, len(rows))
     output.mkdir(parents=True, exist_ok=True)
+    # The folder may have another path on another machine.
     url = storage or f"sqlite:///{output.resolve()}/search.db"
+    name = output.resolve().name if storage else "search"
     with warnings.catch_warnings():  # that Optuna may change how it finds dead machines
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        scores = search(rows, stops, train, url, str(output.resolve()), settings)
+        scores = search(rows, stops, train, url, name, settings)
     text = f"Compared by {score}.\n{format_search(scores, rows, stops)}"
     write_text(output / "search.txt", text + "\n")
     picture = output / "search.png"
@@ -166,7 +169,9 @@ def search(
     plan = dict(settings or {}) | {"rows": list(rows), "stops": list(stops)}
     held = study.user_attrs.get("plan", plan)
     if held != plan:
-        raise ValueError(f"{storage} holds a search of {held}, not {plan}: use another --output")
+        raise ValueError(
+            f"{storage} holds another search ({_difference(held, plan)}): use another --output"
+        )
     study.set_user_attr("plan", plan)
 
     def objective(trial: optuna.Trial) -> float:
@@ -203,6 +208,16 @@ def search(
             time.sleep(POLL_SECONDS)
         waiting = not done
     return scores
+
+
+def _difference(held: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+    """The first line in which two plans differ."""
+    for key in {**held, **plan}:
+        then, now = (str(p.get(key)).splitlines() for p in (held, plan))
+        for a, b in zip_longest(then, now, fillvalue=""):
+            if a != b:
+                return f"{key}: {a.strip()!r} then, {b.strip()!r} now"
+    return "in its order"
 
 
 def _mean(scores: Sequence[float]) -> float:

@@ -116,5 +116,7 @@ def test_two_processes_share_a_search(storage, tmp_path, monkeypatch):
 
 def test_a_search_of_other_rows(storage):
     search(["a"], [1], lambda row, stop: [0.0], storage, "a")
-    with pytest.raises(ValueError, match="holds a search of .*'a'.* use another --output"):
+    with pytest.raises(
+        ValueError, match=r"another search .rows: ..'a'... then, ..'a', 'b'... now.: use"
+    ):
         search(["a", "b"], [1], None, storage, "a")
