@@ -7,6 +7,7 @@ on one.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
@@ -16,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from filelock import FileLock
 from tabulate import tabulate
 
 from gnpractical.measure.plots import learning_curves
@@ -174,7 +176,14 @@ def search(
         )
     study.set_user_attr("plan", plan)
 
+    # SQLite may hand one trial to two processes. Held until the trial has begun.
+    lock: Any = contextlib.nullcontext()
+    if storage.startswith("sqlite:///"):
+        lock = FileLock(f"{storage.removeprefix('sqlite:///')}.lock")
+    begun = contextlib.ExitStack()
+
     def objective(trial: optuna.Trial) -> float:
+        begun.close()
         row = str(trial.suggest_categorical("row", list(rows)))
         stop = int(trial.suggest_categorical("stop", list(stops)))
         # Two machines may have asked for the same at once: the first one does it.
@@ -194,19 +203,21 @@ def search(
     while not is_finished(scores := _scores(study), rows, stops):
         optuna.storages.fail_stale_trials(study)
         stop, race = next_rung(scores, rows, stops)
-        live = {_asked(trial) for trial in study.get_trials(deepcopy=False, states=_LIVE)}
-        for row in race:
-            if (row, stop) not in live:
-                asked = {"row": row, "stop": stop}
-                study.enqueue_trial(asked, user_attrs={"asked": asked})
-        done = bool(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
-        if done:
-            study.optimize(objective, n_trials=1)
-        else:
-            if not waiting:
-                print("Waiting for other machines, or a minute for one that was killed", flush=True)
-            time.sleep(POLL_SECONDS)
-        waiting = not done
+        with begun:
+            begun.enter_context(lock)
+            live = {_asked(trial) for trial in study.get_trials(deepcopy=False, states=_LIVE)}
+            for row in race:
+                if (row, stop) not in live:
+                    asked = {"row": row, "stop": stop}
+                    study.enqueue_trial(asked, user_attrs={"asked": asked})
+            if study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                study.optimize(objective, n_trials=1)
+                waiting = False
+                continue
+        if not waiting:
+            print("Waiting for other machines, or a minute for one that was killed", flush=True)
+        waiting = True
+        time.sleep(POLL_SECONDS)
     return scores
 
 
