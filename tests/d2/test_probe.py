@@ -103,7 +103,7 @@ def test_measured_counts_are_checked_against_other_rules(tiny_cfg, tmp_path):
         checkpointer.load(str(tmp_path / "measured.pth"))
 
 
-def test_a_norm_without_gradient_is_warned_of(tiny_cfg):
+def test_a_norm_that_does_not_run_is_warned_of(tiny_cfg):
     cfg = tiny_cfg(
         "SOLVER.MAX_ITER",
         "1",

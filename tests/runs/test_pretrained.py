@@ -1,6 +1,5 @@
 """Every published format into both frameworks, by a mapping of the test's own."""
 
-import pickle
 from pathlib import Path
 
 import pytest
@@ -8,29 +7,20 @@ import torch
 from torch import nn
 
 pytest.importorskip("torchvision", reason="torchvision is not installed")
-
-from safetensors.torch import save_file
-from torchvision.models import resnet18, resnet50, resnext50_32x4d
+from helpers.resnet_files import SMALL, randomized, write
+from torchvision.models import resnet50
 
 from gnpractical.runs.group_record import GroupMismatch
-from gnpractical.runs.pretrained import recognize, torchvision_name
+from gnpractical.runs.pretrained import recognize
+from gnpractical.runs.resnet_names import torchvision_name
 from gnpractical.tv import fasterrcnn_resnet_fpn
 from gnpractical.tv.checkpoint import TorchvisionCheckpointer
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SMALL = {"num_classes": 3, "channels": 32, "box_convs": 1, "fc_channels": 32}
 
 
 def group_norm(channels):
     return nn.GroupNorm(32, channels)
-
-
-def randomized(model):
-    torch.manual_seed(3)
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and tensor.dim() == 1:
-            tensor.copy_(torch.rand_like(tensor) + (0.5 if "var" in name else 0.1))
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +66,6 @@ def detectron2_name(name):
     return name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
 
 
-def write(path, weights):
-    if path.suffix == ".safetensors":
-        save_file({k: v.clone() for k, v in weights.items()}, path)
-    elif path.suffix == ".pkl":
-        path.write_bytes(pickle.dumps({k: v.numpy() for k, v in weights.items()}))
-    else:
-        torch.save(weights, path)
-    return str(path)
-
-
 # The file's name, its source, what is written, and the norm, standardization and stride it has.
 FORMATS = {
     "torchvision.pth": ("bn", lambda s: s, "BN", False, False),
@@ -121,6 +101,8 @@ FORMATS = {
         False,
     ),
 }
+
+
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -189,10 +171,6 @@ def test_the_same_function(sources, tmp_path):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-def small(**kwargs):
-    return fasterrcnn_resnet_fpn(depth=18, **SMALL, **kwargs)
-
-
 def test_what_disagrees_is_an_error_that_names_what_would_match(sources, tmp_path):
     model = fasterrcnn_resnet_fpn(depth=50, norm="GN_PRACTICAL", **SMALL)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -208,90 +186,6 @@ def test_what_disagrees_is_an_error_that_names_what_would_match(sources, tmp_pat
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_other_depths_and_structures_in_one_line(tmp_path):
-    model = small(norm="BN")
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    half = dict(list(resnet18().state_dict().items())[:60])
-    preactivation = {
-        "stem.conv.weight": torch.zeros(1),
-        "stages.0.blocks.0.norm1.weight": half["bn1.weight"],
-    }
-    page = tmp_path / "page.pth"
-    page.write_text("<!DOCTYPE html><html></html>")
-    cases = {
-        write(
-            tmp_path / "50.pth", randomized(resnet50()).state_dict()
-        ): "ResNet-50 with BatchNorm, .*--depth 50",
-        write(tmp_path / "x.pth", resnext50_32x4d().state_dict()): "ResNeXt-50 32x4d",
-        write(tmp_path / "half.pth", half): "missing in the file, first",
-        write(tmp_path / "pre.pth", preactivation): "pre-activation ResNet",
-        write(tmp_path / "fc.pth", {"fc.weight": torch.zeros(2, 2)}): "holds no ResNet",
-        str(page): "no checkpoint that can be loaded",
-    }
-    for path, message in cases.items():
-        with pytest.raises(ValueError, match=message):
-            TorchvisionCheckpointer(model).load_backbone(path)
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    "changed, message",
-    [
-        ({"conv1.weight": torch.full((64, 3, 7, 7), float("nan"))}, "'conv1.weight' .* not finite"),
-        ({"bn1.running_var": -torch.ones(64)}, "'bn1.running_var' holds variances below zero"),
-        ({"bn1.weight": torch.ones(64, dtype=torch.int64)}, "'bn1.weight' holds torch.int64"),
-        ({"bn1.bias": torch.ones(64) + 1j}, "'bn1.bias' holds torch.complex64"),
-        ({"bn1.bias": torch.ones(64).to_sparse()}, "'bn1.bias' is sparse"),
-        ({"bn1.bias": [0.0] * 64}, "'bn1.bias' is no tensor but a list"),
-        ({3: torch.ones(64)}, "holds no tensors by name"),
-        ({"module.layer1.0.conv1.weight": torch.ones(1)}, "several ResNets: 'layer1.0.conv1.wei"),
-    ],
-)
-def test_tensors_that_no_model_can_have(tmp_path, changed, message):
-    model = small(norm="BN")
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    path = tmp_path / "18.pth"
-    torch.save(randomized(resnet18()).state_dict() | changed, path)
-    with pytest.raises(ValueError, match=message):
-        TorchvisionCheckpointer(model).load_backbone(str(path))
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-
-
-def test_prefixes_of_wrappers_and_heads_of_other_detectors(tmp_path):
-    model = small(norm="GN_1")
-    TorchvisionCheckpointer(model, str(tmp_path)).save("own")
-    saved = torch.load(tmp_path / "own.pth")["model"]
-    torch.save(
-        {"model": {f"module._orig_mod.{k}": v for k, v in saved.items()}}, tmp_path / "w.pth"
-    )
-    other = small(norm="GN_1")
-    TorchvisionCheckpointer(other).load(str(tmp_path / "w.pth"), checkpointables=[])
-    torch.testing.assert_close(other.state_dict(), saved)
-
-    names = {k.replace("backbone.body.", "net.backbone."): v for k, v in saved.items()}
-    whole = {k.removeprefix("net."): v for k, v in names.items()}
-    torch.save({"state_dict": whole}, tmp_path / "mmdet.pth")
-    with pytest.raises(GroupMismatch, match="whole detector .* left out, first"):
-        TorchvisionCheckpointer(other).load(str(tmp_path / "mmdet.pth"), checkpointables=[])
-
-
-def test_a_count_that_is_assumed_is_said_to_be(tmp_path):
-    source = resnet18(norm_layer=lambda channels: nn.GroupNorm(1, channels))
-    torch.save(source.state_dict(), tmp_path / "18.pth")
-    with pytest.raises(GroupMismatch, match="G=32 .assumed, since the file does not say."):
-        TorchvisionCheckpointer(small(norm="GN_1")).load_backbone(str(tmp_path / "18.pth"))
-
-
-def test_norms_yet_to_be_calibrated_are_other_norms_than_the_files(tmp_path):
-    torch.save(randomized(resnet18()).state_dict(), tmp_path / "18.pth")
-    model = small(norm="GN_MEASURED")
-    with pytest.raises(GroupMismatch, match="BatchNorm2d in the file, GN_MEASURED in the model"):
-        TorchvisionCheckpointer(model).load_backbone(str(tmp_path / "18.pth"))
-    checkpointer = TorchvisionCheckpointer(model, match=True)
-    checkpointer.load_backbone(str(tmp_path / "18.pth"))
-    assert len(checkpointer.other_norms.record) == 20
-
-
 def test_names_of_other_tensors_are_none():
     for key in (
         "fc.weight",
@@ -301,15 +195,3 @@ def test_names_of_other_tensors_are_none():
     ):
         assert torchvision_name(key) is None
     assert recognize({"features.0.weight": torch.zeros(1)}, {}) is None
-
-
-def test_a_flipped_byte_is_found(tmp_path):
-    model = small(norm="GN_1")
-    TorchvisionCheckpointer(model, str(tmp_path)).save("own")
-    path = tmp_path / "own.pth"
-    content = bytearray(path.read_bytes())
-    weight = model.roi_heads.box_head[-2].weight.detach().numpy().tobytes()[:64]
-    content[content.find(weight) + 10] ^= 0x40
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="own.pth is no checkpoint that can be loaded.*checksum"):
-        TorchvisionCheckpointer(model).load(str(path))

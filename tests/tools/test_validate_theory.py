@@ -32,28 +32,30 @@ def test_gains(tmp_path):
     assert f"{float(tanh['integral']):.6f}" in done.stdout
 
 
+def rows_of(tmp_path, command, trials):
+    """What the command prints, and the rows that it writes; its figure is there, too."""
+    file, figure = tmp_path / "rows.csv", tmp_path / "figure.png"
+    done = run(command, "--trials", trials, "--csv", str(file), "--plot", str(figure))
+    assert done.returncode == 0, done.stderr
+    assert figure.stat().st_size > 0
+    return done.stdout, list(csv.DictReader(file.open(newline="")))
+
+
 @pytest.mark.slow
 def test_gradients(tmp_path):
-    file, figure = tmp_path / "gradients.csv", tmp_path / "b.png"
-    done = run("gradients", "--trials", "1", "--csv", str(file), "--plot", str(figure))
-    assert done.returncode == 0, done.stderr
-    rows = list(csv.DictReader(file.open(newline="")))
+    printed, rows = rows_of(tmp_path, "gradients", "1")
     assert len(rows) == 11 * 5
     first = [rows[0][name] for name in ("in_channels", "out_channels", "num_groups", "equation")]
     assert first == ["1024", "512", "128", "A"]
-    assert f"{float(rows[0]['measured']):.4f}" in done.stdout
-    assert done.stdout.splitlines()[-1].split()[:5] == ["512", "1024", "512", "1", "D"]
-    assert figure.stat().st_size > 0
+    assert f"{float(rows[0]['measured']):.4f}" in printed
+    assert printed.splitlines()[-1].split()[:5] == ["512", "1024", "512", "1", "D"]
 
 
 @pytest.mark.slow
 def test_convolutions(tmp_path):
-    file, figure = tmp_path / "convolutions.csv", tmp_path / "k.png"
-    done = run("convolutions", "--trials", "2", "--csv", str(file), "--plot", str(figure))
-    assert done.returncode == 0, done.stderr
-    rows = list(csv.DictReader(file.open(newline="")))
-    assert len(rows) == 11 * 6 and figure.stat().st_size > 0
-    assert "Largest error of the law: " in done.stdout
+    printed, rows = rows_of(tmp_path, "convolutions", "2")
+    assert len(rows) == 11 * 6
+    assert "Largest error of the law: " in printed
     for row in rows:
         assert float(row["law"]) == pytest.approx(float(row["measured"]), rel=0.12)
 
