@@ -23,8 +23,9 @@ from statistics import fmean
 from tqdm import tqdm
 
 from gnpractical.measure.plots import learning_curves
+from gnpractical.paper.comparison import format_runs
 from gnpractical.paper.results import norm_name_of
-from gnpractical.paper.training_run import JUDGED, Diverged, format_runs, train_once
+from gnpractical.paper.training_run import JUDGED, Diverged, train_once
 from gnpractical.runs.errors import in_one_line
 
 ROWS = ["32", "1", "practical"]

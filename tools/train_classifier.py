@@ -75,6 +75,20 @@ def parse_args():
     return parser.parse_args()
 
 
+def search(args, settings, build, train):
+    from gnpractical.paper.search import find_best
+
+    def scores_at(row, stop):
+        paths = [args.output / f"checkpoint_{row}_{seed}.pth" for seed in range(args.seeds)]
+        runs = [train(row, seed, path, stop) for seed, path in enumerate(paths)]
+        return [100 - run.test_errors[stop - 1] for run in runs]
+
+    for row in args.groups:  # or an error before any training
+        build(row, 0)
+    plan = args.groups, args.epochs, scores_at, args.output, args.storage
+    print(find_best(*plan, settings | {"seeds": args.seeds}, score="accuracy in %"))
+
+
 def main(args):
     rows = [row for row in args.groups if row != "BN"]
     settings = check_options(vars(args) | {"groups": rows})
@@ -101,33 +115,16 @@ def main(args):
             few = [images.to(device) for images, _ in islice(train_batches, CALIBRATION_BATCHES)]
             calibrate(model, few)
             report_groups(model, args.output / f"groups_{row}_{seed}.json")
-        done = fit(
-            model,
-            train_batches,
-            test_batches,
-            seed,
-            checkpoint,
-            mixed=on_gpu,
-            stop_at=stop_at,
-            **recipe,
-        )
+        options = recipe | {"mixed": on_gpu, "stop_at": stop_at}
+        done = fit(model, train_batches, test_batches, seed, checkpoint, **options)
         weights = {"model": model.state_dict(), RECORD_KEY: group_record(model)}
         path = args.output / f"weights_{row}_{seed}.pth"
         write_atomically(path, partial(torch.save, weights))
         return done
 
     if args.search:
-        from gnpractical.paper.search import find_best
-
-        def scores_at(row, stop):
-            paths = [args.output / f"checkpoint_{row}_{s}.pth" for s in range(args.seeds)]
-            runs = [train(row, seed, path, stop) for seed, path in enumerate(paths)]
-            return [100 - run.test_errors[stop - 1] for run in runs]
-
-        _ = [build(row, 0) for row in args.groups]  # or an error before any training
-        plan = args.groups, args.epochs, scores_at, args.output, args.storage
-        return print(find_best(*plan, settings | {"seeds": args.seeds}, score="accuracy in %"))
-
+        search(args, settings, build, train)
+        return
     # In ResNet-18 and -34 no layer narrows, so practical is 1 everywhere: that is trained once.
     rows, labels = {}, {}
     for row in sorted(dict.fromkeys(args.groups), key=lambda row: not row.isdecimal()):

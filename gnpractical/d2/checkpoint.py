@@ -8,7 +8,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from gnpractical.runs.checkpointer import GroupCheckpointer, unwrapped
+from gnpractical.runs.checkpointer import GroupCheckpointer
+from gnpractical.runs.file_weights import unwrapped
 from gnpractical.runs.group_record import GroupRecord, group_record
 from gnpractical.runs.pretrained import PretrainedResNet, strides_in_1x1
 

@@ -115,10 +115,10 @@ def _check(cfg: CfgNode) -> None:
             f"MODEL.GNP.CHECKPOINT_MISMATCH must be one of {', '.join(MISMATCH_CHOICES)}; "
             f"got {cfg.MODEL.GNP.CHECKPOINT_MISMATCH!r}"
         )
+    values = flatten(cfg)
     for key, least in _LEAST.items():
-        value = flatten(cfg)[key]
-        if not value >= least:
-            raise ValueError(f"{key} must be at least {least}, got {value}")
+        if not values[key] >= least:  # nor nan
+            raise ValueError(f"{key} must be at least {least}, got {values[key]}")
     # Other projects' ResNets have other depths.
     if cfg.MODEL.BACKBONE.NAME in _RESNETS and cfg.MODEL.RESNETS.DEPTH not in _DEPTHS:
         raise ValueError(

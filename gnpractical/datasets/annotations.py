@@ -14,10 +14,11 @@ from gnpractical.datasets.panoptic import Json
 # Detectron2 drops a box or mask that is empty once clipped to its image. A few occur in COCO
 # itself; more than this share means coordinates of other images or of another resolution.
 MAX_DROPPED = 0.01
-_ID = (int, str)
+MIN_DROPPED = 3  # in a small data set a few are more than that share and still just a few
+# What some keys must hold; other tools write ids as strings or as 1.0.
+_ID = (int, float, str)
 _KINDS: dict[str, Any] = dict.fromkeys(("id", "image_id", "category_id"), _ID)
 _KINDS |= {"file_name": str, "segments_info": list}
-MIN_DROPPED = 3  # in a small data set a few are more than that share and still just a few
 
 
 @dataclass
@@ -132,8 +133,7 @@ def _entries(data: Any, key: str, *required: str, of: str = "the JSON") -> list[
         for k in required:
             if not isinstance(entry, dict) or k not in entry:
                 raise ValueError(f"{key}[{i}] of {of} has no {k!r}: {str(entry)[:80]}")
-            kinds = _KINDS.get(k, object)
-            if not isinstance(entry[k], kinds) or isinstance(entry[k], bool) and kinds == _ID:
+            if not isinstance(entry[k], _KINDS.get(k, object)) or isinstance(entry[k], bool):
                 raise ValueError(f"{key}[{i}] of {of} has an odd {k!r}: {str(entry)[:80]}")
     return entries
 
@@ -180,8 +180,12 @@ def _undrawable(segmentation: Any, image: Json) -> str:
 
 
 def _runs(counts: str | bytes) -> list[int]:
-    """The run lengths in COCO's compressed form: from the third on, differences to the one before
-    the last, in groups of five bits, the lowest first, with a sixth where more follow."""
+    """The run lengths in COCO's compressed form.
+
+    From the third on they are differences to the one before the last, in groups of five bits, the
+    lowest first, with a sixth where more follow. pycocotools checks none of it, and hotcoco finds
+    those that are too long only, not those that leave memory as it was.
+    """
     runs: list[int] = []
     data = iter(counts.encode() if isinstance(counts, str) else counts)
     for byte in data:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gnpractical.layers.channel_moments import ChannelStatistics
 from gnpractical.layers.group_norm import PracticalGroupNorm
 from gnpractical.layers.pairing import check_model, norm_width
 from gnpractical.layers.unchanged import Run, run_forward
@@ -84,8 +85,8 @@ def match_norms(
         raise ValueError(f"{type(model).__name__} has no GroupNorm to match")
     if isinstance(only, str) or not isinstance(targets, Mapping | None):
         raise TypeError("only must be a list of paths, and targets a dict by path")
+    known = {name for name, module in model.named_modules() if norm_width(module) is not None}
     for what, names in (("only", only or ()), ("targets", targets or ())):
-        known = {name for name, module in model.named_modules() if norm_width(module) is not None}
         if unknown := [name for name in names if name not in known]:
             raise ValueError(
                 f"{what} must name norms of the model, such as {next(iter(norms))!r}; it names "
@@ -122,7 +123,7 @@ def norm_targets(
     }
     if not norms:
         raise ValueError(f"{type(original).__name__} has no norm to measure")
-    seen = {name: _ChannelStatistics() for name in norms}
+    seen = {name: ChannelStatistics() for name in norms}
     hooks = {norms[n]: lambda _, args, output, of=of: of.add(output) for n, of in seen.items()}
     _run_with(original, batches, run, hooks)
     return {name: (of.mean, of.deviation) for name, of in seen.items() if of.count}
@@ -140,42 +141,6 @@ def _run_with(
         run_forward(model, batches, run, training=False)
 
 
-def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (N, C), in float64, over the positions of every channel of x (N, C, *)."""
-    images, channels = x.shape[:2]
-    # Group norm's kernel computes them many times faster on a CPU than torch.var_mean does.
-    eps = 1e-10
-    args = (None, None, images, channels, x.numel() // (images * channels), channels, eps)
-    _, means, rstds = torch.native_group_norm(x.float().contiguous(), *args)
-    return means.double(), rstds.double() ** -2 - eps
-
-
-class _ChannelStatistics:
-    """Mean and deviation of each channel over all tensors (N, C, *) that were added."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean, self._squares = torch.zeros(()), torch.zeros(())
-
-    def add(self, x: Tensor) -> None:
-        if not x.numel():
-            return
-        means, variances = channel_moments(x)
-        mean = means.mean(0)
-        variance = (variances + (means - mean) ** 2).mean(0)
-        count = x.numel() // x.shape[1]
-        total = self.count + count
-        difference = mean - self.mean.to(mean)
-        added = count * (variance + difference**2 * (self.count / total))
-        self._squares = self._squares.to(mean) + added
-        self.mean = self.mean.to(mean) + difference * (count / total)
-        self.count = total
-
-    @property
-    def deviation(self) -> Tensor:
-        return (self._squares / self.count).clamp(min=0).sqrt()
-
-
 class _Matcher:
     """Matches one norm each time it runs."""
 
@@ -183,7 +148,7 @@ class _Matcher:
         self, name: str, norm: nn.GroupNorm, targets: Mapping[str, tuple[Tensor, Tensor]]
     ) -> None:
         self._name, self._norm = name, norm
-        self._seen = _ChannelStatistics()
+        self._seen = ChannelStatistics()
         # Others, such as timm's, may apply an activation, too.
         self._plain = type(norm) in (nn.GroupNorm, PracticalGroupNorm)
         self._affine = norm.weight is not None and norm.bias is not None

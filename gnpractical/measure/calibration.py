@@ -39,11 +39,6 @@ class MeasuredGroups:
     num_groups: int
     ratios: dict[int, float]
 
-    @property
-    def isometric_between(self) -> bool:
-        """Whether K = 1 lies between the lowest and the highest K of the candidates."""
-        return bool(self.ratios) and min(self.ratios.values()) <= 1 <= max(self.ratios.values())
-
 
 def calibrate(
     model: nn.Module,

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from gnpractical.activation_gain import activation_gain
 from gnpractical.gradient_law import norm_factor
+from gnpractical.layers.channel_moments import channel_moments
 from gnpractical.layers.data_flow import Source
-from gnpractical.layers.match_norms import channel_moments
 from gnpractical.layers.pairing import check_model, layer_widths
 from gnpractical.layers.unchanged import Run, run_forward
 from gnpractical.layers.weight_standardization import WSConv2d, standardize_weight

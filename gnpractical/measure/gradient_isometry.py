@@ -127,16 +127,11 @@ class PooledVariance:
     def add(self, values: Tensor) -> None:
         # In float64: the square of a vanishing gradient is 0 in float32.
         variance, mean = (t.item() for t in torch.var_mean(values.detach().double(), correction=0))
-        self._add(values.numel(), mean, values.numel() * variance)
-
-    def merge(self, other: PooledVariance) -> None:
-        self._add(other._count, other._mean, other._squares)
-
-    def _add(self, count: int, mean: float, squares: float) -> None:
+        count = values.numel()
         total = self._count + count
         if total:
             difference = mean - self._mean
-            self._squares += squares + difference**2 * self._count * count / total
+            self._squares += count * variance + difference**2 * self._count * count / total
             self._mean += difference * count / total
             self._count = total
 

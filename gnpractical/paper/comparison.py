@@ -6,6 +6,11 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from math import isfinite
 from statistics import fmean, stdev
+from typing import Any
+
+from tabulate import tabulate
+
+from gnpractical.paper.training_run import JUDGED, SCORES
 
 
 def significant_differences(samples: Mapping[str, Sequence[float]], level: float = 0.05) -> str:
@@ -45,3 +50,28 @@ def mean_and_spread(values: Sequence[float], digits: int = 2) -> str:
         return "nan"  # statistics.stdev fails on one
     mean = f"{fmean(values):.{digits}f}"
     return f"{mean} +- {stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def format_runs(runs: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """Format a table of the rows' results, and which differ beyond the noise."""
+    scores = {row: [r["scores"] for r in results] for row, results in runs.items()}
+    values = {
+        name: {row: [s[name] for s in held if name in s] for row, held in scores.items()}
+        for name in SCORES
+    }
+    present = [name for name in SCORES if any(values[name].values())]
+    table = [
+        [row, len(results)]
+        + [mean_and_spread(values[name][row]) for name in present]
+        + [
+            mean_and_spread([r["seconds_per_step"] for r in results], 3),
+            f"{fmean(r['peak_memory_mib'] for r in results):.0f}",
+        ]
+        for row, results in runs.items()
+    ]
+    names = [s.split("/")[1] if s.startswith("pan") else s.replace("/", " ") for s in present]
+    text = tabulate(table, ["G", "runs", *names, "s/step", "peak MiB"], disable_numparse=True)
+    for name in (name for name in JUDGED if name in present):
+        found = significant_differences(values[name])
+        text += f"\n{name}: differences beyond the noise (Tukey's range test, 5%): {found}"
+    return text

@@ -119,7 +119,7 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"--{name.replace('_', '-')} must be {least} 0, got {value}")
     for row in options["groups"]:
         norm_name_of(row)
-    without = (*("groups", "seeds", "data", "output", "device", "workers"), "search", "storage")
+    without = {"groups", "seeds", "data", "output", "device", "workers", "search", "storage"}
     return {name: value for name, value in options.items() if name not in without}
 
 

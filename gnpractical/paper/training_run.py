@@ -12,14 +12,9 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from tabulate import tabulate
-
-from gnpractical.paper.comparison import mean_and_spread, significant_differences
 from gnpractical.runs.output_dir import write_text
 
 SCORES = (
@@ -116,28 +111,3 @@ def _read_metrics(path: Path) -> dict[str, Any]:
         "losses": [(i, steps[i]["total_loss"]) for i in sorted(steps)],
         "seconds_per_step": statistics.median(times) if times else math.nan,
     }
-
-
-def format_runs(runs: Mapping[str, Sequence[dict[str, Any]]]) -> str:
-    """Format a table of the rows' results, and which differ beyond the noise."""
-    scores = {row: [r["scores"] for r in results] for row, results in runs.items()}
-    values = {
-        name: {row: [s[name] for s in held if name in s] for row, held in scores.items()}
-        for name in SCORES
-    }
-    present = [name for name in SCORES if any(values[name].values())]
-    table = [
-        [row, len(results)]
-        + [mean_and_spread(values[name][row]) for name in present]
-        + [
-            mean_and_spread([r["seconds_per_step"] for r in results], 3),
-            f"{fmean(r['peak_memory_mib'] for r in results):.0f}",
-        ]
-        for row, results in runs.items()
-    ]
-    names = [s.split("/")[1] if s.startswith("pan") else s.replace("/", " ") for s in present]
-    text = tabulate(table, ["G", "runs", *names, "s/step", "peak MiB"], disable_numparse=True)
-    for name in (name for name in JUDGED if name in present):
-        found = significant_differences(values[name])
-        text += f"\n{name}: differences beyond the noise (Tukey's range test, 5%): {found}"
-    return text

@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from fvcore.common.checkpoint import Checkpointer
 from safetensors.torch import load_file
@@ -18,6 +16,7 @@ from torch import nn
 from gnpractical.measure.layer_report import group_report
 from gnpractical.runs.array_pickle import load_arrays
 from gnpractical.runs.carry_over import OtherNorms, statistics_left
+from gnpractical.runs.file_weights import check_weights, unwrapped
 from gnpractical.runs.group_record import (
     RECORD_KEY,
     GroupMismatch,
@@ -30,7 +29,8 @@ from gnpractical.runs.group_record import (
     take_recorded,
 )
 from gnpractical.runs.output_dir import write_atomically, write_text
-from gnpractical.runs.pretrained import PretrainedResNet, of_detectors, place, recognize
+from gnpractical.runs.pretrained import PretrainedResNet, place, recognize
+from gnpractical.runs.resnet_names import of_detectors
 
 logger = logging.getLogger(__name__)
 
@@ -136,13 +136,16 @@ class GroupCheckpointer(Checkpointer):
     def load_all(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """As ``load``, but raise ValueError unless the file has all weights of the model."""
         self._needs_all = True
-        return self.load(path, checkpointables)
+        try:
+            return self.load(path, checkpointables)
+        finally:
+            self._needs_all = False
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             loaded = self._read(filename)
             weights = loaded["model"]
-            _check_weights(weights)
+            check_weights(weights)
             check_record(loaded.get(RECORD_KEY, {}))
             iteration = loaded.get("iteration", 0)
             if RECORD_KEY in loaded and not (isinstance(iteration, int) and iteration >= 0):
@@ -267,30 +270,3 @@ class GroupCheckpointer(Checkpointer):
             raise GroupMismatch(f"{message} To load it all the same: {self.load_anyway}.")
         if self._mismatch == "warn":
             logger.warning(message)
-
-
-def _check_weights(weights: Mapping[str, Any]) -> None:
-    """TypeError or ValueError if they are no tensors that a model can have."""
-    if not weights or not all(isinstance(key, str) for key in weights):
-        raise TypeError("it holds no tensors by name, nor has any under 'model' or 'state_dict'")
-    for name, value in weights.items():
-        if not isinstance(value, torch.Tensor | np.ndarray):
-            raise TypeError(f"of its weights {name!r} is no tensor but a {type(value).__name__}")
-        tensor = torch.as_tensor(value)
-        if tensor.layout is not torch.strided:
-            raise TypeError(f"its tensor {name!r} is sparse")
-        if tensor.is_floating_point():
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"its tensor {name!r} holds values that are not finite")
-            if name.endswith("running_var") and (tensor < 0).any():
-                raise ValueError(f"its tensor {name!r} holds variances below zero")
-        elif name.endswith((".weight", ".bias", ".running_mean", ".running_var", "_w", "_b", "_s")):
-            raise TypeError(f"its tensor {name!r} holds {tensor.dtype}, not floating-point numbers")
-
-
-def unwrapped(weights: dict[str, Any]) -> dict[str, Any]:
-    """Without the prefixes that wrappers such as DDP and torch.compile give to all names."""
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
-        if weights and all(isinstance(key, str) and key.startswith(prefix) for key in weights):
-            weights = {key.removeprefix(prefix): value for key, value in weights.items()}
-    return weights

@@ -1,15 +1,14 @@
 """ImageNet weights of ResNets as others published them, whatever their files call the tensors.
 
-Every tensor, of a file as of a model, has a name in torchvision's ResNet, such as
-``layer1.0.conv1.weight``; its norms are called ``bn1`` there, GroupNorms too. By that name weights
-of any origin find their place. The rest, which their shapes do not say, is known of each origin:
-norms, weight standardization, strides and what images they expect.
+By torchvision's names (see ``resnet_names``) weights of any origin find their place. The rest,
+which their shapes do not say, is known of each origin: norms, weight standardization, strides and
+what images they expect.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from gnpractical.runs.group_record import GroupRecord
+from gnpractical.runs.resnet_names import (
+    STATISTICS,
+    is_caffe2s,
+    is_detectron2s,
+    of_detectors,
+    torchvision_name,
+)
 
 # Torchvision's, of RGB pixels from 0 to 255.
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -27,48 +33,6 @@ _DEPTHS: dict[tuple[bool, tuple[int, ...]], int] = {
     (True, (3, 4, 23, 3)): 101,
     (True, (3, 8, 36, 3)): 152,
 }
-_ENDS = "weight|bias|running_mean|running_var|num_batches_tracked"
-_TORCHVISION = re.compile(
-    r"(?:(?:module|backbone|body)\.)*((?:layer[1-4]\.\d+\.)?)"
-    rf"(?:(conv[123]|downsample\.[01])|(?:bn|gn|norm)([123]))\.({_ENDS})"
-)
-_DETECTRON2 = re.compile(
-    rf"(?:.*\.)?(?:stem\.(conv1)|res([2-5])\.(\d+)\.(conv[123]|shortcut))(\.norm)?\.({_ENDS})"
-)
-_CAFFE2 = re.compile(
-    r"(?:(?:res_)?(conv1)|res([2-5])_(\d+)_branch(1|2a|2b|2c))(_[bg]n)?_(w|b|s|rm|riv)"
-)
-_CAFFE2_LAYERS = {"1": "shortcut", "2a": "conv1", "2b": "conv2", "2c": "conv3"}
-_CAFFE2_ENDS = {
-    "w": "weight",
-    "s": "weight",
-    "b": "bias",
-    "rm": "running_mean",
-    "riv": "running_var",
-}
-# Keys of whole detectors, apart from their backbones.
-_OF_DETECTORS = re.compile(r"(^|[._])(rpn|fpn|neck|roi_heads|proposal_generator|cls_score)|_head\.")
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-def torchvision_name(key: str) -> str | None:
-    """What torchvision's ResNet calls a tensor of a file or a model; None if it has no such."""
-    if match := _TORCHVISION.fullmatch(key):
-        block, layer, norm, end = match.groups()
-        return f"{block}{layer or f'bn{norm}'}.{end}"
-    if match := _DETECTRON2.fullmatch(key):
-        stem, stage, block, layer, norm, end = match.groups()
-    elif match := _CAFFE2.fullmatch(key):
-        stem, stage, block, branch, norm, end = match.groups()
-        layer, end = _CAFFE2_LAYERS.get(branch, ""), _CAFFE2_ENDS[end]
-    else:
-        return None
-    layer = stem or layer or ""
-    if layer == "shortcut":
-        layer = "downsample.1" if norm else "downsample.0"
-    elif norm:
-        layer = layer.replace("conv", "bn")
-    return f"{layer}.{end}" if stem else f"layer{int(stage) - 1}.{block}.{layer}.{end}"
 
 
 @dataclass(frozen=True)
@@ -148,9 +112,10 @@ def recognize(weights: Mapping[str, Any], record: GroupRecord) -> PretrainedResN
         ValueError: It is a ResNet of another structure, such as a pre-activation one.
     """
     names = {key: name for key in weights if (name := torchvision_name(key))}
-    if any(key.startswith("backbone.") and _DETECTRON2.fullmatch(key) for key in names):
+    caffe2 = any(is_caffe2s(key) for key in names)
+    if any(key.startswith("backbone.") and is_detectron2s(key) for key in names):
         return None  # a whole model of Detectron2's, of which it is not known what images it takes
-    if any(_CAFFE2.fullmatch(key) for key in names) and any(map(_OF_DETECTORS.search, weights)):
+    if caffe2 and of_detectors(weights):
         return None  # a whole model of Detectron1's, which Detectron2 reads
     if len(set(names.values())) < len(names):
         first = {name: key for key, name in reversed(names.items())}
@@ -177,7 +142,6 @@ def recognize(weights: Mapping[str, Any], record: GroupRecord) -> PretrainedResN
             f"convolutions or attention: {stray[0] if stray else 'conv1.0.weight'!r}. Take the "
             f"weights of a plain ResNet or ResNeXt"
         )
-    caffe2 = any(_CAFFE2.fullmatch(key) for key in names)
     norms = {
         n.rpartition(".")[0] for n in tensors if re.search(r"(bn\d|downsample\.1)\.weight$", n)
     }
@@ -202,11 +166,6 @@ def recognize(weights: Mapping[str, Any], record: GroupRecord) -> PretrainedResN
     )
 
 
-def of_detectors(keys: Iterable[str]) -> list[str]:
-    """Those of ``keys`` that belong to a whole detector and not to its backbone."""
-    return [key for key in keys if _OF_DETECTORS.search(key)]
-
-
 def place(
     resnet: PretrainedResNet, model: nn.Module, advice: str
 ) -> tuple[dict[str, Tensor], GroupRecord]:
@@ -224,7 +183,7 @@ def place(
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     if not places:
         raise ValueError("it holds a ResNet, and the model has none: choose a ResNet backbone")
-    missing = [n for n in places if n not in resnet.tensors and not n.endswith(_STATISTICS)]
+    missing = [n for n in places if n not in resnet.tensors and not n.endswith(STATISTICS)]
     differing = [
         n for n in places if n in resnet.tensors and resnet.tensors[n].shape != shapes[places[n]]
     ]
@@ -233,7 +192,7 @@ def place(
     surplus = [
         name
         for name in resnet.tensors
-        if name not in places and name.split(".")[0] in stages and not name.endswith(_STATISTICS)
+        if name not in places and name.split(".")[0] in stages and not name.endswith(STATISTICS)
     ]
     for names, what in ((missing, "missing in the file"), (surplus, "missing in the model")):
         if names:
