@@ -27,3 +27,9 @@ def test_one_line(monkeypatch, error, line):
     monkeypatch.setenv("GNPRACTICAL_DEBUG", "1")
     with pytest.raises(type(error)), in_one_line():
         raise error
+
+
+def test_an_interruption_needs_no_words():
+    with pytest.raises(SystemExit) as exit, in_one_line():
+        raise KeyboardInterrupt
+    assert exit.value.code == 130

@@ -10,7 +10,7 @@ from torch import nn
 from gnpractical import convert, group_report
 from gnpractical.layers.pairing import find_pairs
 from gnpractical.layers.weight_standardization import WSConv2d, apply_weight_standardization
-from gnpractical.runs.group_record import differing_norms, group_record
+from gnpractical.runs.group_record import differing_norms, group_record, take_recorded
 
 IMAGES = torch.randn(1, 3, 8, 8)
 
@@ -94,3 +94,16 @@ def test_a_converted_model_is_converted_again_without_examples():
     model = convert(Concatenated(), IMAGES).model
     (norm,) = convert(model, rule=4).norms
     assert (norm.in_channels, norm.layers, norm.num_groups) == (6, ("a", "b"), 4)
+
+
+def test_what_norms_were_matched_from_is_taken_over_where_they_agree():
+    model = convert(PreActivation(), IMAGES, rule=4).model
+    for name in ("norm", "blocks.0.0"):
+        model.get_submodule(name).matched_from = "BatchNorm2d"
+    record = group_record(model)
+    other = convert(PreActivation(), IMAGES, rule=4).model
+    other.norm.num_groups = 2
+    take_recorded(other, record)
+    assert {r.name: r.matched_from for r in group_report(other) if r.matched_from} == {
+        "blocks.0.0": "BatchNorm2d"
+    }
