@@ -121,7 +121,7 @@ def main():
     norms = {row: norm_name_of(row) for row in args.groups}
     check_width("--batches", args.batches)
     args.output.mkdir(parents=True, exist_ok=True)
-    check_datasets(cfg, cfg.DATASETS.TRAIN)
+    check_datasets(cfg, "TRAIN")
     with EventStorage():
         gradients, features = measure(args, cfg, norms)
     tables = {row: block_records(b, features[row]) for row, b in gradients.items()}

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from PIL import Image
 
-from gnpractical.datasets.panoptic import check_depth, check_size
+from gnpractical.datasets.panoptic import check_depth, check_labels, check_size
 
 
 class CheckedMapper(DatasetMapper):
-    """Raises ValueError for pictures of 16 bits, and for semantic PNGs of another size than theirs.
+    """Raises ValueError for pictures that Detectron2 reads wrongly, or a model cannot train on.
 
-    Images of another size than the annotations say Detectron2 refuses itself.
+    These are pictures of 16 bits, semantic PNGs of another size than their image, and in training
+    those without a label, or with one that the model does not have. Images of another size than
+    the annotations say Detectron2 refuses itself.
     """
+
+    def __init__(self, cfg: CfgNode, is_train: bool = True) -> None:
+        super().__init__(cfg, is_train=is_train)
+        head, architecture = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.META_ARCHITECTURE
+        self._labels = None
+        if is_train and architecture in ("PanopticFPN", "SemanticSegmentor"):
+            self._labels = head.NUM_CLASSES, head.IGNORE_VALUE
 
     def __call__(self, dataset_dict: dict) -> Any:
         with Image.open(dataset_dict["file_name"]) as image:  # which reads no pixels
@@ -25,4 +35,6 @@ class CheckedMapper(DatasetMapper):
                 check_depth(labels, path)
                 if {"width", "height"} <= dataset_dict.keys():
                     check_size(labels, path, dataset_dict)
+                if self._labels:
+                    check_labels(labels, path, *self._labels)
         return super().__call__(dataset_dict)

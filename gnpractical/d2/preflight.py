@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 from pathlib import Path
 
@@ -21,13 +22,18 @@ _INSTANCES = ("image_root", "json_file")
 _PANOPTIC = ("panoptic_json", "panoptic_root", "sem_seg_root")
 
 
-def check_datasets(cfg: CfgNode, names: tuple[str, ...]) -> None:
+def check_datasets(cfg: CfgNode, *splits: str) -> None:
     """Raise ValueError unless the data sets are registered, complete and sound.
 
     The message names what was looked for and where, and the command that makes it.
+
+    Args:
+        splits: "TRAIN" and "TEST", keys of ``cfg.DATASETS``; the first must name a data set.
     """
+    if not cfg.DATASETS[splits[0]]:
+        raise ValueError(f"DATASETS.{splits[0]} must name a data set, but is empty")
     default = "" if ROOT_VARIABLE in os.environ else "the default of "
-    for name in names:
+    for name in itertools.chain(*(cfg.DATASETS[split] for split in splits)):
         if name not in DatasetCatalog:
             near = difflib.get_close_matches(name, DatasetCatalog.list(), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -51,4 +57,4 @@ def check_datasets(cfg: CfgNode, names: tuple[str, ...]) -> None:
                 f"not {cfg.MODEL.ROI_HEADS.NUM_CLASSES}"
             )
         remedy = "set MODEL.GNP.CHECK_ANNOTATIONS False"
-        check_annotations(name, files, remedy)
+        check_annotations(name, files, remedy, training=name in cfg.DATASETS.TRAIN)

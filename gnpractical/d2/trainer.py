@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import random
 import weakref
@@ -39,6 +40,7 @@ from gnpractical.layers.pairing import require_resolved
 from gnpractical.measure.calibration import measured_norms
 from gnpractical.runs.calibrate_measured import calibrate_measured
 from gnpractical.runs.carry_over import match_loaded
+from gnpractical.runs.errors import without_traceback
 from gnpractical.runs.output_dir import check_disk_space, write_group_report
 
 logger = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ class Trainer(DefaultTrainer):
         _log_to(cfg.OUTPUT_DIR)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         if comm.is_main_process():
-            check_datasets(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+            check_datasets(cfg, "TRAIN", "TEST")
         comm.synchronize()
         model = self.build_model(cfg)
         if comm.is_main_process():
@@ -117,7 +119,8 @@ class Trainer(DefaultTrainer):
             match_loaded(model, self.checkpointer.other_norms, self._few_batches("MATCH_BATCHES"))
         if comm.is_main_process():
             write_group_report(model, self.cfg.OUTPUT_DIR)
-        return super().train()
+        with without_traceback("detectron2.engine.train_loop"):
+            return super().train()
 
     def _few_batches(self, key: str) -> list[Any]:
         count = self.cfg.MODEL.GNP[key]
@@ -174,7 +177,7 @@ class Trainer(DefaultTrainer):
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict:
         results = super().test(cfg, model, evaluators)
         scores = [
-            f"{task} {key} {results[task][key]:.1f}"
+            f"{task} {key} {_in_words(results[task][key])}"
             for task, key in HEADLINES.items()
             if key in results.get(task, {})
         ]
@@ -194,7 +197,7 @@ class Trainer(DefaultTrainer):
         """
         _log_to(cfg.OUTPUT_DIR)
         if comm.is_main_process():
-            check_datasets(cfg, cfg.DATASETS.TEST)
+            check_datasets(cfg, "TEST")
         comm.synchronize()
         model = cls.build_model(cfg)
         checkpointer = GNPCheckpointer.from_config(cfg, model)
@@ -204,6 +207,10 @@ class Trainer(DefaultTrainer):
             raise ValueError(f"There is nothing to evaluate: MODEL.WEIGHTS is empty{nor}")
         checkpointer.load_all(path, checkpointables=[])
         return cls.test(cfg, model)
+
+
+def _in_words(score: float) -> str:
+    return "nan (nothing predicted, or nothing to find)" if math.isnan(score) else f"{score:.1f}"
 
 
 def _log_to(output_dir: str) -> None:

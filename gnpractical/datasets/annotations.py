@@ -9,7 +9,7 @@ from typing import Any
 
 import pycocotools.mask as coco_mask
 
-from gnpractical.datasets.panoptic import Json
+from gnpractical.datasets.panoptic import Json, semantic_labels
 
 # Detectron2 drops a box or mask that is empty once clipped to its image. A few occur in COCO
 # itself; more than this share means coordinates of other images or of another resolution.
@@ -18,7 +18,7 @@ MIN_DROPPED = 3  # in a small data set a few are more than that share and still 
 # What some keys must hold; other tools write ids as strings or as 1.0.
 _ID = (int, float, str)
 _KINDS: dict[str, Any] = dict.fromkeys(("id", "image_id", "category_id"), _ID)
-_KINDS |= {"file_name": str, "segments_info": list}
+_KINDS |= {"file_name": str, "segments_info": list, "name": str}
 
 
 @dataclass
@@ -57,7 +57,7 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
         ValueError: The JSON is not of COCO's form. The message says where.
     """
     images = {i["id"]: i for i in _entries(data, "images", "id", "file_name")}
-    categories = {c["id"] for c in _entries(data, "categories", "id")}
+    categories = {c["id"] for c in _entries(data, "categories", "id", "name")}
     annotations = _entries(data, "annotations", "id", "image_id", "category_id", "bbox")
     n = len(annotations)
     unknown = Problem("unknown category", n)
@@ -103,7 +103,7 @@ def check_panoptic(data: Json, files: Iterable[str] | None = None) -> list[Probl
     Raises:
         ValueError: The JSON is not of COCO's panoptic form. The message says where.
     """
-    categories = {c["id"] for c in _entries(data, "categories", "id", "isthing")}
+    categories = set(semantic_labels(_entries(data, "categories", "id", "name", "isthing")))
     annotations = _entries(data, "annotations", "image_id", "file_name", "segments_info")
     images = {i["id"] for i in _entries(data, "images", "id")}
     unknown = Problem("segment of an unknown category", len(annotations))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from gnpractical.datasets.annotations import check_instances, check_panoptic
 from gnpractical.datasets.panoptic import Json, read_json
@@ -43,16 +44,20 @@ def check_files(name: str, files: Mapping[str, str], root: str, source: str) -> 
             )
 
 
-def check_annotations(name: str, files: Mapping[str, str], remedy: str) -> None:
+def check_annotations(
+    name: str, files: Mapping[str, str], remedy: str, *, training: bool = True
+) -> None:
     """Raise ValueError for annotations that would train wrongly; log the harmless problems.
 
-    ``remedy`` tells the user how to train on them all the same.
+    Args:
+        remedy: tells the user how to train on them all the same.
+        training: whether there must be annotations, which COCO's test sets do not have.
     """
     refused: list[str] = []
     if "json_file" in files:
         data = read_json(files["json_file"])
-        if "annotations" in data:  # COCO's test sets have none
-            present = _existing(files.get("image_root"), data.get("images", []))
+        if training or "annotations" in data:
+            present = _existing(files.get("image_root"), data.get("images"))
             refused += _refused(check_instances, files["json_file"], data, present)
     if "panoptic_json" in files:
         data = read_json(files["panoptic_json"])
@@ -74,11 +79,12 @@ def check_annotations(name: str, files: Mapping[str, str], remedy: str) -> None:
         )
 
 
-def _existing(root: str | None, images: list[dict]) -> list[str] | None:
-    if not root:
+def _existing(root: str | None, images: Any) -> list[str] | None:
+    if not root or not isinstance(images, list):
         return None
     listed = set(os.listdir(root))  # one call for the many that lie in the folder itself
-    names = [i["file_name"] for i in images if "file_name" in i]
+    found = [i.get("file_name") for i in images if isinstance(i, dict)]
+    names = [name for name in found if isinstance(name, str)]
     return [n for n in names if n in listed or os.path.exists(os.path.join(root, n))]
 
 

@@ -66,6 +66,20 @@ def check_size(image: Image.Image, path: str, entry: Json) -> None:
         )
 
 
+def check_labels(labels: Image.Image, path: str, classes: int, ignored: int = IGNORE_LABEL) -> None:
+    """ValueError for semantic labels on which no model of so many classes can be trained."""
+    if labels.mode != "L":
+        raise ValueError(f"{path}: semantic labels must be 8-bit gray, got {labels.mode!r}")
+    found = [label for label, count in enumerate(labels.histogram()) if count and label != ignored]
+    if not found:
+        raise ValueError(
+            f"{path}: every pixel is void ({ignored}), and a batch of such has a loss of nan; "
+            f"leave the image out"
+        )
+    if found[-1] >= classes:
+        raise ValueError(f"{path}: has label {found[-1]}, but the model has {classes} classes")
+
+
 def semantic_labels(categories: Iterable[Json]) -> dict[int, int]:
     """category_id -> label of the semantic branch: things share 0, stuff is 1, 2, ... by id."""
     categories = list(categories)

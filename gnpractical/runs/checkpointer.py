@@ -141,6 +141,12 @@ class GroupCheckpointer(Checkpointer):
         finally:
             self._needs_all = False
 
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """As fvcore's, but a run's own checkpoint must have all weights."""
+        if resume and self.has_checkpoint():
+            return self.load_all(self.get_checkpoint_file())
+        return super().resume_or_load(path, resume=False)
+
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             loaded = self._read(filename)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -30,6 +31,24 @@ def in_one_line() -> Iterator[None]:
         if os.environ.get(DEBUG_VARIABLE):
             raise
         sys.exit(f"error: {_message(e)}")
+
+
+@contextlib.contextmanager
+def without_traceback(logger_name: str) -> Iterator[None]:
+    """Let a logger write an error whose message is enough without its traceback, as above."""
+
+    def shorten(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, _THEIR_MESSAGE_IS_ENOUGH) and not os.environ.get(DEBUG_VARIABLE):
+            record.msg, record.exc_info = f"{record.getMessage()} {error}", None
+        return True
+
+    logger = logging.getLogger(logger_name)
+    logger.addFilter(shorten)
+    try:
+        yield
+    finally:
+        logger.removeFilter(shorten)
 
 
 def _message(error: Exception) -> str:

@@ -59,6 +59,7 @@ def open_classes(
         if dataset == "pets":
             train_set = OxfordIIITPet(root, "trainval", transform=train, download=True)
             test_set = OxfordIIITPet(root, "test", transform=test, download=True)
+            _check_pets(Path(root, "oxford-iiit-pet", "annotations"), len(train_set.classes))
             return train_set, test_set, len(train_set.classes)
         if dataset == "caltech101":
             sets = [Caltech101(root, transform=t, download=True) for t in (train, test)]
@@ -86,6 +87,16 @@ def open_classes(
             f"only: {', '.join(odd[:5])}"
         )
     return *folders, len(folders[0].classes)
+
+
+def _check_pets(folder: Path, classes: int) -> None:
+    """torchvision counts the names and takes the labels as they are: some breeds alone fail."""
+    for path in (folder / "trainval.txt", folder / "test.txt"):
+        labels = {int(line.split()[1]) for line in path.read_text().splitlines()}
+        if not labels <= set(range(1, classes + 1)):
+            raise ValueError(
+                f"{path} must have the labels 1 to {classes}, but has {sorted(labels)}"
+            )
 
 
 def build_classifier(

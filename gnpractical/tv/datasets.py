@@ -23,6 +23,7 @@ from gnpractical.datasets.coco_files import check_annotations, check_files, spli
 from gnpractical.datasets.panoptic import (
     Json,
     check_depth,
+    check_labels,
     check_size,
     read_image,
     read_json,
@@ -102,7 +103,10 @@ class CocoImages(Dataset):
                 np.stack(masks) if masks else np.zeros((0, *size), np.uint8)
             )
             path = os.path.join(self.files["sem_seg_root"], semantic)
-            target["semantic"] = tv_tensors.Mask(np.array(_open(path, entry)))
+            labels = _open(path, entry)
+            if self.coco is None:  # it is a training split
+                check_labels(labels, path, len(self.stuff) + 1)
+            target["semantic"] = tv_tensors.Mask(np.array(labels))
         pixels = np.array(image.convert("RGB")).transpose(2, 0, 1)
         return self._transform(tv_tensors.Image(pixels), target)
 
@@ -151,7 +155,8 @@ def open_split(data_path: str, name: str, split: str, *, panoptic: bool, check: 
     title = f"{name} {split}{year}"
     check_files(title, files, data_path, "--data-path")
     if check and rank() == 0:
-        check_annotations(title, files, "give --no-check-annotations")
+        remedy = "give --no-check-annotations"
+        check_annotations(title, files, remedy, training=split == "train")
     all_gather(None)  # the others wait for the verdict; torchrun ends them if it is an error
     return CocoImages(files, panoptic=panoptic, train=split == "train")
 

@@ -168,7 +168,7 @@ def test_panoptic():
     segment = {"id": 5, "category_id": 3}
     data = {
         "images": [{"id": 1}],
-        "categories": [{"id": 3, "isthing": 1}],
+        "categories": [{"id": 3, "name": "cat", "isthing": 1}],
         "annotations": [{"image_id": 1, "file_name": "a.png", "segments_info": [segment]}],
     }
     assert check_panoptic(data, ["a.png"]) == []
@@ -198,7 +198,7 @@ def test_repeated_ids_are_refused(key):
 def test_repeated_ids_of_a_panoptic_file_are_refused(key):
     data = {
         "images": [{"id": 1}],
-        "categories": [{"id": 3, "isthing": 1}],
+        "categories": [{"id": 3, "name": "cat", "isthing": 1}],
         "annotations": [{"image_id": 1, "file_name": "a.png", "segments_info": []}],
     }
     data[key] *= 2

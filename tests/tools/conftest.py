@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.forked_tool import forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,5 +61,38 @@ def kill_after():
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A data set of a few shapes, and a folder of two classes of images."""
+    from PIL import Image
+
+    from gnpractical.datasets.shapes import make_shapes
+
+    root = tmp_path_factory.mktemp("bad")
+    make_shapes(root / "data", {"train": 4, "val": 2})
+    for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (root / "classes" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(root / "classes" / name / "0.png")
+    return {"root": ROOT, "classes": root / "classes", "data": root / "data"}
+
+
+@pytest.fixture
+def refused(places, tmp_path):
+    """A function (tool, options) -> the one line with which the tool ends."""
+
+    def run(tool, options, data=None):
+        if "net" in tool or "{root}/configs" in options:
+            pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+            import gnpractical.d2  # noqa: F401  before the fork
+        words = [w.format(**places, out=tmp_path / "out") for w in options.split()]
+        code, text = forked(tool, words, data or places["data"], tmp_path)
+        assert code in (1, 2) and "Traceback" not in text, text[-3000:]
+        line = text.splitlines()[-1]
+        assert "error: " in line, text[-3000:]
+        return line
 
     return run

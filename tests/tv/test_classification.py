@@ -56,3 +56,13 @@ def test_the_net_for_small_images():
     rows = convert(model, torch.randn(1, 3, 32, 32)).norms
     assert len(rows) == len(find_pairs(model)) == 22
     assert not any(row.skipped_reason or row.limited_from for row in rows)
+
+
+def test_pets_of_some_breeds_alone(tmp_path):
+    folder = tmp_path / "oxford-iiit-pet"
+    (folder / "images").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    for split in ("trainval", "test"):
+        (folder / "annotations" / f"{split}.txt").write_text("Beagle_1 1 2 1\nPug_1 7 2 2\n")
+    with pytest.raises(ValueError, match=r"must have the labels 1 to 2, but has \[1, 7\]"):
+        open_classes("pets", str(tmp_path), 32)
