@@ -6,7 +6,7 @@ import pytest
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import DefaultTrainer, HookBase
 from torch import nn
 
 from gnpractical.d2.trainer import Trainer, adapt_to_device
@@ -135,3 +135,13 @@ def test_weights_move_with_the_learning_rate_only(tiny_cfg):
         trainer.train()
         weights.append((trainer.model.backbone.fpn_output2.weight - before).abs().max().item())
     assert weights[0] < 1e-8 < 1e-4 < weights[1]
+
+
+def test_scores_of_nothing_are_said_to_be_so(monkeypatch, caplog, tiny_cfg):
+    scores = {"bbox": {"AP": float("nan")}, "panoptic_seg": {"PQ": 12.34}}
+    monkeypatch.setattr(DefaultTrainer, "test", lambda *_: scores)
+    with caplog.at_level("INFO"):
+        assert Trainer.test(tiny_cfg(), None) == scores
+    assert (
+        "bbox AP nan (nothing predicted, or nothing to find), panoptic_seg PQ 12.3" in caplog.text
+    )

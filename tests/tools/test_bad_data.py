@@ -95,6 +95,7 @@ PICTURES = {  # what every picture in a folder becomes
     "labels 16 bits": ("panoptic_stuff_train", Image.new("I;16", (160, 120))),
     "labels of other size": ("panoptic_stuff_train", Image.new("L", (160, 99))),
     "labels void": ("panoptic_stuff_train", Image.new("L", (160, 120), 255)),
+    "labels of a palette": ("panoptic_stuff_train", Image.new("P", (160, 120))),
     "labels out of range": ("panoptic_stuff_train", Image.new("L", (160, 120), 77)),
 }
 DATA = [(kind, name) for kind in CHANGES for name in (*CHANGES[kind], *TEXTS)]
