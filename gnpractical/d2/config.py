@@ -1,4 +1,4 @@
-"""The ``MODEL.GNP`` config keys, and reading a config with errors that help."""
+"""The config keys of this project, and reading a config with errors that help."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _LEAST = {
     "SOLVER.MAX_ITER": 1,
     "SOLVER.CHECKPOINT_PERIOD": 1,
     "SOLVER.IMS_PER_BATCH": 1,
+    "SOLVER.ACCUMULATE": 1,
     "SOLVER.BASE_LR": 0,
     "SOLVER.WARMUP_ITERS": 0,
     "TEST.EVAL_PERIOD": 0,
@@ -36,7 +37,9 @@ _MAX_ALIASES = 50
 
 
 def add_gnp_config(cfg: CfgNode) -> None:
-    """Add the ``MODEL.GNP`` keys to ``cfg``. Norms are chosen by the usual NORM keys."""
+    """Add this project's keys to ``cfg``. Norms are chosen by the usual NORM keys."""
+    # So many batches of SOLVER.IMS_PER_BATCH images make one iteration, a step of the optimizer.
+    cfg.SOLVER.ACCUMULATE = 1
     cfg.MODEL.GNP = CfgNode()
     # Paths of modules whose convolutions, where a norm follows, convolve with standardized
     # weights (arXiv 1903.10520): for example ["backbone", "roi_heads.box_head"].

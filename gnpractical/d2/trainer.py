@@ -38,6 +38,7 @@ from gnpractical.d2.preflight import check_datasets
 from gnpractical.d2.probe import GradientProbe
 from gnpractical.layers.pairing import require_resolved
 from gnpractical.measure.calibration import measured_norms
+from gnpractical.runs.accumulation import Accumulated, Grouped
 from gnpractical.runs.calibrate_measured import calibrate_measured
 from gnpractical.runs.carry_over import match_loaded
 from gnpractical.runs.errors import without_traceback
@@ -54,6 +55,7 @@ class Trainer(DefaultTrainer):
 
     * before the first step calibrates GN_MEASURED norms, matches norms that begin with the weights
       of other norms, and logs the group report, which it writes to ``OUTPUT_DIR/groups.json``;
+    * takes ``SOLVER.ACCUMULATE`` batches for a step;
     * measures the gradient's variance each ``MODEL.GNP.PROBE_PERIOD`` iterations;
     * checks data sets, annotations and disk space before the first step;
     * saves and loads with :class:`GNPCheckpointer`;
@@ -87,8 +89,7 @@ class Trainer(DefaultTrainer):
         model = create_ddp_model(
             model, broadcast_buffers=False, device_ids=[comm.get_local_rank()] if on_gpu else None
         )
-        trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer_class(model, data_loader, optimizer)
+        self._trainer = _inner_trainer(cfg, model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         match = cfg.MODEL.GNP.MATCH_BATCHES > 0
         self.checkpointer = GNPCheckpointer.from_config(
@@ -207,6 +208,18 @@ class Trainer(DefaultTrainer):
             raise ValueError(f"There is nothing to evaluate: MODEL.WEIGHTS is empty{nor}")
         checkpointer.load_all(path, checkpointables=[])
         return cls.test(cfg, model)
+
+
+def _inner_trainer(cfg: CfgNode, model: nn.Module, loader: Any, optimizer: Any) -> SimpleTrainer:
+    trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+    if cfg.SOLVER.ACCUMULATE == 1:
+        return trainer_class(model, loader, optimizer)
+    scaler = torch.amp.GradScaler(enabled=cfg.SOLVER.AMP.ENABLED)
+    options = {"grad_scaler": scaler} if cfg.SOLVER.AMP.ENABLED else {}
+    grouped = Grouped(loader, cfg.SOLVER.ACCUMULATE)
+    return trainer_class(
+        Accumulated(model, scaler), grouped, optimizer, zero_grad_before_forward=True, **options
+    )
 
 
 def _in_words(score: float) -> str:

@@ -67,6 +67,8 @@ def parse_args(argv: Sequence[str] | None = None) -> RunOptions:
     add("--iterations", **number, help="steps of training")
     add("--stop-at", **number, help="stop after so many of them, to be resumed; 0: do not")
     add("--batch-size", **number, help="of all processes together")
+    accumulate_help = "batches for one step: of 4 x 2 images it is that of 8, in the memory of 2"
+    add("--accumulate", **number, help=accumulate_help)
     add("--lr", type=float, help="learning rate; falls along a cosine")
     add("--warmup", **number, help="iterations of rising lr")
     add("--momentum", type=float, help="of SGD")

@@ -30,7 +30,7 @@ MODELS = ("panoptic_fpn_resnet", "fasterrcnn_resnet_fpn")
 HEADLINES = ("bbox/AP", "segm/AP", "panoptic_seg/PQ")  # the scores that are printed at the end
 # The least value of each number among the options.
 _LEAST = dict.fromkeys(("iterations", "batch_size", "checkpoint_period", "max_size"), 1)
-_LEAST |= dict.fromkeys(("calibration_batches", "min_size"), 1)
+_LEAST |= dict.fromkeys(("calibration_batches", "min_size", "accumulate"), 1)
 _LEAST |= dict.fromkeys(
     ("warmup", "stop_at", "match_batches", "workers", "lr", "momentum", "weight_decay"), 0
 )

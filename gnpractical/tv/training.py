@@ -25,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from gnpractical.layers.pairing import norm_width
 from gnpractical.measure.calibration import measured_norms
+from gnpractical.runs.accumulation import Accumulated
 from gnpractical.runs.calibrate_measured import calibrate_measured
 from gnpractical.runs.carry_over import match_loaded
 from gnpractical.runs.device import precision
@@ -43,14 +44,16 @@ class TrainingRecipe:
     """SGD; the learning rate rises for ``warmup`` iterations and falls along half a cosine.
 
     Training stops after ``stop_at`` iterations if that is fewer, 0 for never, and can be resumed.
-    ``batch_size`` is that of all processes together. The weights and biases of norms do not
-    decay. Gradients are clipped to the norm ``clip_grad_norm``, 0 for not at all. With ``amp`` the
-    forward pass is in mixed precision.
+    ``batch_size`` is that of all processes together, and an iteration takes ``accumulate`` such
+    batches, one after the other, for one step of the optimizer. The weights and biases of norms do
+    not decay. Gradients are clipped to the norm ``clip_grad_norm``, 0 for not at all. With ``amp``
+    the forward pass is in mixed precision.
     """
 
     iterations: int = 270000
     stop_at: int = 0
     batch_size: int = 16
+    accumulate: int = 1
     lr: float = 0.02
     warmup: int = 1000
     momentum: float = 0.9
@@ -129,7 +132,7 @@ def train(
     trained: nn.Module = model
     if world_size() > 1:
         trained = DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-    model.train()
+    trained = Accumulated(trained, scaler).train()
     steps: deque[dict[str, float]] = deque(maxlen=PRINT_PERIOD)
     writer = SummaryWriter(output_dir, purge_step=first) if rank() == 0 else None
     with writer or nullcontext():
@@ -138,8 +141,9 @@ def train(
             lr = recipe.lr * _lr_factor(recipe, iteration)
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            optimizer.zero_grad()
             with autocast:
-                losses = trained(*_to(next(batches), device))
+                losses = trained([_to(next(batches), device) for _ in range(recipe.accumulate)])
                 losses["total_loss"] = total = sum(losses.values())
             values = {name: loss.item() for name, loss in losses.items()}
             if not math.isfinite(values["total_loss"]):
@@ -148,7 +152,6 @@ def train(
                     f"{checkpointer.last_good()} Try a lower --lr, a longer --warmup or "
                     f"--clip-grad-norm."
                 )
-            optimizer.zero_grad()
             scaler.scale(total).backward()
             if recipe.clip_grad_norm:
                 scaler.unscale_(optimizer)
@@ -180,7 +183,8 @@ def _lr_factor(recipe: TrainingRecipe, iteration: int) -> float:
 
 def _batches(dataset: CocoImages, recipe: TrainingRecipe, first: int) -> Iterator[Any]:
     """This process's part of every batch from iteration ``first`` on, without end."""
-    order = _shuffled(len(dataset), recipe.seed, first * recipe.batch_size)
+    start = first * recipe.accumulate * recipe.batch_size
+    order = _shuffled(len(dataset), recipe.seed, start)
     loader = DataLoader(
         dataset,
         recipe.batch_size // world_size(),

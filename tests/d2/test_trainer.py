@@ -145,3 +145,18 @@ def test_scores_of_nothing_are_said_to_be_so(monkeypatch, caplog, tiny_cfg):
     assert (
         "bbox AP nan (nothing predicted, or nothing to find), panoptic_seg PQ 12.3" in caplog.text
     )
+
+
+def test_accumulated_batches_make_one_iteration(tiny_cfg):
+    options = ["SOLVER.ACCUMULATE", "3", "SOLVER.MAX_ITER", "2"]
+    cfg = tiny_cfg(*options)
+    trainer = make_trainer(cfg)
+    seen = []
+    model = trainer.checkpointer.model
+    model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    trainer.train()
+    assert seen[:6] == [2] * 6 and seen[6:] == [1] * 4  # and then the evaluation
+    assert [line["iteration"] for line in metrics_of(cfg) if "total_loss" in line] == [1]
+    assert "panoptic_seg/PQ" in metrics_of(cfg)[-1] and trainer.scheduler.last_epoch == 2
+    again = make_trainer(tiny_cfg("SOLVER.ACCUMULATE", "3", "SOLVER.MAX_ITER", "3"), resume=True)
+    assert again.start_iter == 2

@@ -18,6 +18,7 @@ OPTIONS = {
         """--norm GN_ GN_0 GN_-1 GN_1.5 GN_48 GN_CPG_0 GN_CPG_x GN_UPTO_ GROUPNORM 32 LN
         --iterations 0 -1 nan 1.5 x
         --batch-size 0 -1 x
+        --accumulate 0 -1 x
         --lr nan -1 x
         --warmup -1 x
         --momentum -1 nan x
@@ -66,6 +67,7 @@ OPTIONS = {
         DATASETS.TEST ("none",)
         SOLVER.MAX_ITER 0 -1 x
         SOLVER.IMS_PER_BATCH 0 -2
+        SOLVER.ACCUMULATE 0 -1 x
         SOLVER.BASE_LR -1 nan x
         SOLVER.WARMUP_ITERS -1
         SOLVER.CHECKPOINT_PERIOD 0 -1

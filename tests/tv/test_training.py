@@ -244,3 +244,22 @@ def test_a_new_run_does_not_point_to_an_old_ones_checkpoint(
     with pytest.raises(FloatingPointError, match="There is no checkpoint in .* yet"):
         train(model, dataset, recipe(2), str(tmp_path))
     assert "holds checkpoints of an earlier run" in caplog.text
+
+
+def test_accumulated_batches_are_those_of_a_larger_one(tiny_panoptic, dataset, tmp_path):
+    seen = {}
+    for accumulate, batch_size in ((1, 4), (2, 2)):
+        model, images = tiny_panoptic(), seen.setdefault(accumulate, [])
+        folder = tmp_path / str(accumulate)
+        folder.mkdir()
+        # Before the random flip, of which every loader's batch draws its own.
+        dataset._transform = lambda image, target: (image.float() / 255, target)
+        hook = model.register_forward_pre_hook(lambda _, args, kept=images: kept.extend(args[0]))
+        options = {"accumulate": accumulate, "batch_size": batch_size}
+        for iterations in (1, 2):  # the second run resumes
+            stop = recipe(2, stop_at=iterations % 2, checkpoint_period=1, **options)
+            train(model, dataset, stop, str(folder), resume=True)
+        hook.remove()
+        assert metrics_of(folder)[-1]["iteration"] == 1
+    assert len(seen[1]) == len(seen[2]) == 8
+    assert all(torch.equal(a, b) for a, b in zip(seen[1], seen[2], strict=True))
