@@ -128,8 +128,6 @@ def _check(cfg: CfgNode) -> None:
             f"MODEL.RESNETS.DEPTH must be one of {', '.join(map(str, _DEPTHS))}; "
             f"got {cfg.MODEL.RESNETS.DEPTH}"
         )
-    if cfg.MODEL.BACKBONE.NAME.endswith("fpn_backbone") and not cfg.MODEL.FPN.IN_FEATURES:
-        raise ValueError('MODEL.FPN.IN_FEATURES must name features, such as ["res2", "res3"]')
 
 
 def _explain(error: Exception, cfg: CfgNode) -> str:

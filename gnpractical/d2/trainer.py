@@ -157,6 +157,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
+        if cfg.MODEL.BACKBONE.NAME.endswith("fpn_backbone") and not cfg.MODEL.FPN.IN_FEATURES:
+            raise ValueError('MODEL.FPN.IN_FEATURES must name features, such as ["res2", "res3"]')
         model = super().build_model(cfg)
         require_resolved(model)
         return model
