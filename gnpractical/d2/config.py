@@ -111,8 +111,11 @@ def _check(cfg: CfgNode) -> None:
             f"MODEL.DEVICE must be a device of PyTorch's, such as cuda or cpu; "
             f"got {cfg.MODEL.DEVICE!r}"
         ) from None
-    if cfg.TEST.AUG.ENABLED:
-        raise ValueError("TEST.AUG.ENABLED: test-time augmentation is not available here")
+    if cfg.TEST.AUG.ENABLED and cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+        raise ValueError(
+            f"TEST.AUG.ENABLED: Detectron2 has test-time augmentation for GeneralizedRCNN only, "
+            f"not for {cfg.MODEL.META_ARCHITECTURE}"
+        )
     if cfg.MODEL.GNP.CHECKPOINT_MISMATCH not in MISMATCH_CHOICES:
         raise ValueError(
             f"MODEL.GNP.CHECKPOINT_MISMATCH must be one of {', '.join(MISMATCH_CHOICES)}; "

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import weakref
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,9 @@ from detectron2.engine import (
     SimpleTrainer,
     create_ddp_model,
 )
+from detectron2.engine.hooks import EvalHook
 from detectron2.engine.train_loop import TrainerBase
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
@@ -108,6 +111,10 @@ class Trainer(DefaultTrainer):
             # After the timer, before the writers, which write what other hooks have put.
             probe = GradientProbe(self.checkpointer.model, lambda: self.extra_batches(1), period)
             hooks.insert(1, probe)
+        if self.cfg.TEST.AUG.ENABLED:
+            model, kinds = self.checkpointer.model, [type(hook) for hook in hooks]
+            augmented = EvalHook(0, lambda: self.test_with_TTA(self.cfg, model))
+            hooks.insert(kinds.index(EvalHook) + 1, augmented)  # before the writers
         return hooks
 
     def train(self) -> Any:
@@ -179,17 +186,27 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> dict:
         results = super().test(cfg, model, evaluators)
-        scores = [
-            f"{task} {key} {_in_words(results[task][key])}"
-            for task, key in HEADLINES.items()
-            if key in results.get(task, {})
-        ]
-        if scores:  # on the main process
+        if scores := _headline(results):  # on the main process
             logger.info(
                 "%s. Group counts: %s/groups.json. Predictions: %s/inference/predictions.png",
-                *(", ".join(scores), cfg.OUTPUT_DIR, cfg.OUTPUT_DIR),
+                *(scores, cfg.OUTPUT_DIR, cfg.OUTPUT_DIR),
             )
         return results
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict:
+        """Evaluate with test-time augmentation, as Detectron2's script does.
+
+        Returns:
+            What ``test`` does, the tasks called ``bbox_TTA`` and so on.
+        """
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        os.makedirs(folder, exist_ok=True)
+        evaluators = [build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = super().test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        if scores := _headline(results):
+            logger.info("With test-time augmentation: %s. Predictions: %s", scores, folder)
+        return OrderedDict((f"{task}_TTA", values) for task, values in results.items())
 
     @classmethod
     def evaluate(cls, cfg: CfgNode, *, resume: bool) -> dict:
@@ -209,7 +226,10 @@ class Trainer(DefaultTrainer):
             nor = f", and there is no checkpoint in {cfg.OUTPUT_DIR!r}" if resume else ""
             raise ValueError(f"There is nothing to evaluate: MODEL.WEIGHTS is empty{nor}")
         checkpointer.load_all(path, checkpointables=[])
-        return cls.test(cfg, model)
+        results = cls.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(cls.test_with_TTA(cfg, model))
+        return results
 
 
 def _inner_trainer(cfg: CfgNode, model: nn.Module, loader: Any, optimizer: Any) -> SimpleTrainer:
@@ -221,6 +241,14 @@ def _inner_trainer(cfg: CfgNode, model: nn.Module, loader: Any, optimizer: Any) 
     grouped = Grouped(loader, cfg.SOLVER.ACCUMULATE)
     return trainer_class(
         Accumulated(model, scaler), grouped, optimizer, zero_grad_before_forward=True, **options
+    )
+
+
+def _headline(results: dict) -> str:
+    return ", ".join(
+        f"{task} {key} {_in_words(results[task][key])}"
+        for task, key in HEADLINES.items()
+        if key in results.get(task, {})
     )
 
 

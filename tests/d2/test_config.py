@@ -163,7 +163,8 @@ def test_sections_without_keys_loops_and_devices(tmp_path):
     assert "my.yaml: config keys must be in mappings" in error_of(write(tmp_path, "MODEL: 3\n"))
     assert "leads back to itself" in error_of(write(tmp_path, '_BASE_: "my.yaml"\n'))
     assert "MODEL.DEVICE must be a device" in error_of("", ["MODEL.DEVICE", "gpu"])
-    assert "test-time augmentation" in error_of("", ["TEST.AUG.ENABLED", "True"])
+    options = ["TEST.AUG.ENABLED", "True", "MODEL.META_ARCHITECTURE", "PanopticFPN"]
+    assert "for GeneralizedRCNN only, not for PanopticFPN" in error_of("", options)
     assert "MODEL.RESNETS.NORM" in error_of("", ["MODEL.RESNETS.norm", "GN"])
 
 

@@ -160,3 +160,14 @@ def test_accumulated_batches_make_one_iteration(tiny_cfg):
     assert "panoptic_seg/PQ" in metrics_of(cfg)[-1] and trainer.scheduler.last_epoch == 2
     again = make_trainer(tiny_cfg("SOLVER.ACCUMULATE", "3", "SOLVER.MAX_ITER", "3"), resume=True)
     assert again.start_iter == 2
+
+
+@pytest.mark.slow
+def test_augmented_evaluation(tiny_cfg):
+    options = ["TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(64, 80)", "SOLVER.MAX_ITER", "1"]
+    cfg = tiny_cfg(*options, config="faster_rcnn_gnp_ws_shapes.yaml")
+    make_trainer(cfg).train()
+    assert "bbox_TTA/AP" in metrics_of(cfg)[-1]
+    cfg = tiny_cfg(*options, config="faster_rcnn_gnp_ws_shapes.yaml")
+    scores = Trainer.evaluate(cfg, resume=True)
+    assert {"bbox", "bbox_TTA"} <= scores.keys()
