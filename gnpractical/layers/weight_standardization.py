@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,12 +48,12 @@ def standardize_weight(weight: Tensor, eps: float = EPS) -> Tensor:
 torch.fx.wrap("standardize_weight")  # a traced weight's shape and type are not known
 
 
-class WSConv2d(nn.Conv2d):
-    """``nn.Conv2d`` that convolves with its standardized weight; same state_dict keys."""
+class Standardized:
+    """What makes a convolution convolve with its standardized weight; same state_dict keys."""
 
-    # The public forward() of nn.Conv2d offers no other place between the weight and its use.
+    # The public forward() of convolutions offers no other place between a weight and its use.
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return super()._conv_forward(input, standardize_weight(weight), bias)
+        return super()._conv_forward(input, standardize_weight(weight), bias)  # type: ignore[misc]
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(
@@ -61,8 +62,24 @@ class WSConv2d(nn.Conv2d):
         )
 
 
+class WSConv1d(Standardized, nn.Conv1d):
+    """``nn.Conv1d``, weight standardized."""
+
+
+class WSConv2d(Standardized, nn.Conv2d):
+    """``nn.Conv2d``, weight standardized."""
+
+
+class WSConv3d(Standardized, nn.Conv3d):
+    """``nn.Conv3d``, weight standardized."""
+
+
 # The standardized class of each class of convolution; gnpractical.d2 adds Detectron2's.
-STANDARDIZED: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: WSConv2d}
+STANDARDIZED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: WSConv1d,
+    nn.Conv2d: WSConv2d,
+    nn.Conv3d: WSConv3d,
+}
 
 
 def standardize_layer(layer: nn.Module) -> bool:
@@ -71,12 +88,13 @@ def standardize_layer(layer: nn.Module) -> bool:
     Parameters, hooks and state_dict keys stay as they are: only the class changes.
 
     Returns:
-        Whether it does. Layers that are no 2d convolution do not, nor do those with filters of a
-        single value.
+        Whether it does. Layers of other classes do not, transposed convolutions among them, nor do
+        those with filters of a single value.
     """
-    if isinstance(layer, nn.Conv2d) and type(layer) in STANDARDIZED and layer.weight[0].numel() > 1:
+    weight = getattr(layer, "weight", None)
+    if type(layer) in STANDARDIZED and isinstance(weight, Tensor) and weight[0].numel() > 1:
         layer.__class__ = STANDARDIZED[type(layer)]  # type: ignore[assignment]
-    return isinstance(layer, WSConv2d)
+    return isinstance(layer, Standardized)
 
 
 def unstandardize_layer(layer: nn.Module) -> None:
@@ -87,7 +105,7 @@ def unstandardize_layer(layer: nn.Module) -> None:
 
 def is_weight_standardized(pair: NormPair) -> bool:
     """Whether a layer that feeds this norm convolves with standardized weights."""
-    return any(isinstance(layer, WSConv2d) for layer in pair.layers.values())
+    return any(isinstance(layer, Standardized) for layer in pair.layers.values())
 
 
 def apply_weight_standardization(model: nn.Module, prefixes: Sequence[str]) -> list[str]:
@@ -141,13 +159,12 @@ def fold_weight_standardization(model: nn.Module) -> int:
         TypeError: A convolution cannot be folded, or shares its weight. Nothing is folded.
     """
     check_model(model)
-    convs = [module for module in model.modules() if isinstance(module, WSConv2d)]
+    convs: list[Any] = [module for module in model.modules() if isinstance(module, Standardized)]
     weights = {conv.weight for conv in convs}
     for name, module in model.named_modules():
-        if isinstance(module, WSConv2d):
-            foldable = type(module) in STANDARDIZED.values() and isinstance(
-                module.weight, nn.Parameter
-            )
+        if isinstance(module, Standardized):
+            is_parameter = isinstance(getattr(module, "weight", None), nn.Parameter)
+            foldable = type(module) in STANDARDIZED.values() and is_parameter
         else:
             foldable = weights.isdisjoint(module.parameters(recurse=False))
         if not foldable:

@@ -24,7 +24,7 @@ from gnpractical.layers.channel_moments import channel_moments
 from gnpractical.layers.data_flow import Source
 from gnpractical.layers.pairing import check_model, layer_widths
 from gnpractical.layers.unchanged import Run, run_forward
-from gnpractical.layers.weight_standardization import WSConv2d, standardize_weight
+from gnpractical.layers.weight_standardization import Standardized, standardize_weight
 from gnpractical.measure.unit_blocks import Activation, BlockFlow
 from gnpractical.num_groups import check_num_groups
 
@@ -241,7 +241,7 @@ def _backward_gain(layers: list[tuple[nn.Module, torch.Size]]) -> float | None:
         widths = layer_widths(layer)
         if not isinstance(weight, Tensor) or widths is None:
             return None
-        if isinstance(layer, WSConv2d):
+        if isinstance(layer, Standardized):
             weight = standardize_weight(weight)
         # A position of the input is read by some of the taps only, at strides and borders.
         read = 1.0

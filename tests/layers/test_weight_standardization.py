@@ -1,5 +1,7 @@
 """The standardized weight and its gradient: the right values, everywhere a convolution runs."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +9,10 @@ from torch.nn.utils import prune
 
 from gnpractical import PracticalGroupNorm
 from gnpractical.layers.weight_standardization import (
+    Standardized,
     WSConv2d,
     fold_weight_standardization,
+    standardize_layer,
     standardize_weight,
 )
 
@@ -54,13 +58,26 @@ def test_float32_is_close_to_float64(reference):
     torch.testing.assert_close(standardize_weight(weight).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_conv_equals_plain_conv_with_the_reference_weight(reference):
-    conv = WSConv2d(6, 4, 3, padding=1, stride=2, groups=2)
-    nn.init.normal_(conv.weight)
-    x = torch.randn(2, 6, 9, 9)
-    expected = nn.functional.conv2d(x, reference.weight(conv.weight), conv.bias, 2, 1, groups=2)
-    torch.testing.assert_close(conv(x), expected)
+@pytest.mark.parametrize("convolution", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_conv_equals_plain_conv_with_the_reference_weight(convolution):
+    plain = convolution(6, 4, 3, padding=1, stride=2, groups=2)
+    conv = copy.deepcopy(plain)
+    assert standardize_layer(conv) and isinstance(conv, convolution)
+    x = torch.randn(2, 6, *plain.kernel_size).repeat_interleave(3, dim=2)
+    with torch.no_grad():
+        filters = plain.weight.flatten(1)
+        filters.copy_((filters - filters.mean(1, keepdim=True)) / filters.std(1, keepdim=True))
+    torch.testing.assert_close(conv(x), plain(x))
     assert list(conv.state_dict()) == ["weight", "bias"]
+    assert fold_weight_standardization(nn.Sequential(conv)) == 1 and type(conv) is convolution
+    torch.testing.assert_close(conv(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.ConvTranspose2d(3, 4, 3), nn.Linear(3, 4), nn.Conv3d(1, 4, 1)]
+)
+def test_layers_that_cannot_be_standardized(layer):
+    assert not standardize_layer(layer) and not isinstance(layer, Standardized)
 
 
 def test_float32_inside_under_autocast():
