@@ -13,7 +13,7 @@ import importlib
 from pathlib import Path
 
 from gnpractical.runs.errors import in_one_line
-from gnpractical.runs.output_dir import check_output_dir
+from gnpractical.runs.output_dir import check_output_dir, claim_output_dir
 
 
 def configs_folder() -> Path:
@@ -68,6 +68,7 @@ def main() -> None:
         if args.iterations is not None and args.iterations < 1:
             raise ValueError(f"--iterations must be at least 1, got {args.iterations}")
         check_output_dir(args.output_dir, "--output-dir")
+        claim_output_dir(args.output_dir, "--output-dir")
         if _can_import("detectron2.engine"):
             print("Training a small Panoptic FPN with Detectron2.", flush=True)
             train_with_detectron2(args)

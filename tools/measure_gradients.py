@@ -41,6 +41,7 @@ from gnpractical.measure.plots import block_gradients, predicted_and_measured
 from gnpractical.num_groups import check_width
 from gnpractical.paper.results import norm_name_of
 from gnpractical.runs.errors import in_one_line
+from gnpractical.runs.output_dir import claim_output_dir
 
 ROWS = ["32", "1", "practical", "exact", "measured"]
 
@@ -120,7 +121,7 @@ def main():
     adapt_to_device(cfg)
     norms = {row: norm_name_of(row) for row in args.groups}
     check_width("--batches", args.batches)
-    args.output.mkdir(parents=True, exist_ok=True)
+    claim_output_dir(args.output, "--output")
     check_datasets(cfg, "TRAIN")
     with EventStorage():
         gradients, features = measure(args, cfg, norms)

@@ -10,6 +10,7 @@ writes <root>/panoptic_stuff_{train,val}2017/. Interrupted, it goes on where it 
 import argparse
 from pathlib import Path
 
+from gnpractical.datasets.coco_files import check_annotations
 from gnpractical.datasets.panoptic import prepare_semantic
 from gnpractical.runs.errors import in_one_line
 
@@ -39,6 +40,8 @@ def main():
                 f"panoptic annotations, and panoptic_{split}/ with their PNGs"
             )
         pngs = args.root / f"panoptic_{split}"
+        files = {"panoptic_json": str(annotations), "panoptic_root": str(pngs)}
+        check_annotations(split, files, "leave out what is wrong")
         written = prepare_semantic(annotations, pngs, output, workers=args.workers)
         print(f"{output}: {written} files written")
 

@@ -97,9 +97,26 @@ def load_config(
 
 def _check_yaml(path: str) -> None:
     with open(path, encoding="utf-8") as f:
-        aliases = sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(f))
+        text = f.read()
+    aliases = sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text))
     if aliases > _MAX_ALIASES:
         raise ValueError(f"it has {aliases} YAML aliases (*name); {_MAX_ALIASES} are admitted")
+    _check_keys(yaml.compose(text))
+
+
+def _check_keys(node: yaml.Node | None) -> None:
+    """Raise ValueError for a key that stands twice in a mapping: YAML would take the last."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                line = key.start_mark.line + 1
+                raise ValueError(f"line {line}: {key.value!r} stands twice in one mapping")
+            seen.add((key.tag, key.value if isinstance(key, yaml.ScalarNode) else id(key)))
+            _check_keys(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_keys(value)
 
 
 def _check(cfg: CfgNode) -> None:

@@ -37,4 +37,7 @@ class CheckedMapper(DatasetMapper):
                     check_size(labels, path, dataset_dict)
                 if self._labels:
                     check_labels(labels, path, *self._labels)
-        return super().__call__(dataset_dict)
+        try:
+            return super().__call__(dataset_dict)
+        except OSError as e:  # Pillow's, which does not say where
+            raise ValueError(f"{dataset_dict['file_name']}: not a readable image ({e})") from e

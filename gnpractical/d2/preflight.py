@@ -56,5 +56,12 @@ def check_datasets(cfg: CfgNode, *splits: str) -> None:
                 f"Data set {name} has {things} classes: set MODEL.ROI_HEADS.NUM_CLASSES {things}, "
                 f"not {cfg.MODEL.ROI_HEADS.NUM_CLASSES}"
             )
+        stuff = len(metadata.get("stuff_classes", ()))
+        head = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+        if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN" and stuff and stuff != head:
+            raise ValueError(
+                f"Data set {name} has {stuff} classes of stuff, its things together being one: set "
+                f"MODEL.SEM_SEG_HEAD.NUM_CLASSES {stuff}, not {head}"
+            )
         remedy = "set MODEL.GNP.CHECK_ANNOTATIONS False"
         check_annotations(name, files, remedy, training=name in cfg.DATASETS.TRAIN)

@@ -118,6 +118,11 @@ class Trainer(DefaultTrainer):
         return hooks
 
     def train(self) -> Any:
+        if self.start_iter > self.max_iter:
+            raise ValueError(
+                f"SOLVER.MAX_ITER {self.max_iter} must be at least the {self.start_iter} that the "
+                f"checkpoint in {self.cfg.OUTPUT_DIR!r} has"
+            )
         model = self.checkpointer.model  # not wrapped for DDP
         if any(norm.num_groups is None for norm in measured_norms(model).values()):
             batches = self._few_batches("CALIBRATION_BATCHES")

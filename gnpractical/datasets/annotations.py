@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -61,6 +62,7 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
     annotations = _entries(data, "annotations", "id", "image_id", "category_id", "bbox")
     n = len(annotations)
     unknown = Problem("unknown category", n)
+    odd = Problem("iscrowd that is not 0 or 1, or area that is no size", n)
     bad_size = Problem("mask of another size than its image", n)
     undrawable = Problem("mask that cannot be drawn", n)
     bad_box = Problem("box outside its image, or empty", n, MAX_DROPPED)
@@ -70,6 +72,8 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
         name = f"annotation {a['id']}"
         if a["category_id"] not in categories:
             unknown.offenders.append(f"{name} (category {a['category_id']})")
+        if _is_odd(a):
+            odd.offenders.append(f"{name} ({a.get('iscrowd')}, {a.get('area')})")
         image = images.get(a["image_id"])
         if image is None:
             orphan.offenders.append(f"{name} (image {a['image_id']})")
@@ -91,7 +95,7 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
             raise ValueError(f"{name} is malformed: {type(e).__name__}: {e}") from e
     repeated = [_repeated(data, key) for key in ("annotations", "images", "categories")]
     missing = _missing_files([i["file_name"] for i in images.values()], files, "image")
-    problems = [unknown, *repeated, missing, bad_size, undrawable, bad_box, bad_mask, orphan]
+    problems = [unknown, odd, *repeated, missing, bad_size, undrawable, bad_box, bad_mask, orphan]
     return [p for p in problems if p.offenders]
 
 
@@ -120,6 +124,7 @@ def check_panoptic(data: Json, files: Iterable[str] | None = None) -> list[Probl
         if a["image_id"] not in images:
             orphan.offenders.append(name)
     repeated = [_repeated(data, key) for key in ("images", "categories")]
+    repeated += [_repeated(data, "annotations", key) for key in ("image_id", "file_name")]
     missing = _missing_files([a["file_name"] for a in annotations], files, "PNG")
     return [p for p in (orphan, unknown, duplicate, *repeated, missing) if p.offenders]
 
@@ -143,6 +148,14 @@ def _missing_files(names: list[str], files: Iterable[str] | None, what: str) -> 
     return Problem(f"{what} that is not on disk", len(names), offenders=missing)
 
 
+def _is_odd(annotation: Json) -> bool:
+    """Whether a crowd would be taken for an object, or the reverse, or no area be scored."""
+    crowd, area = annotation.get("iscrowd", 0), annotation.get("area", 1)
+    return not (isinstance(crowd, int) and crowd in (0, 1)) or not (
+        isinstance(area, int | float) and 0 <= area < math.inf
+    )
+
+
 def _is_outside(box: list[float], image: Json) -> bool:
     x, y, width, height = box
     # Boxes that overhang are clipped, but one whose centre lies outside is not of this image. A
@@ -155,10 +168,10 @@ def _is_outside(box: list[float], image: Json) -> bool:
     )
 
 
-def _repeated(data: Json, key: str) -> Problem:
-    counts = Counter(entry["id"] for entry in data[key])
+def _repeated(data: Json, key: str, name: str = "id") -> Problem:
+    counts = Counter(entry[name] for entry in data[key])
     repeated = [str(id) for id, count in counts.items() if count > 1]
-    return Problem(f"id used twice in {key!r}", len(data[key]), offenders=repeated)
+    return Problem(f"{name} used twice in {key!r}", len(data[key]), offenders=repeated)
 
 
 def _undrawable(segmentation: Any, image: Json) -> str:

@@ -139,6 +139,8 @@ def prepare_semantic(
     def write(annotation: Json) -> str | None:
         name = annotation["file_name"]
         try:
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise ValueError("file names must be below the folder of the PNGs")
             ids = read_ids(Path(panoptic_dir) / name)
             size = sizes.get(annotation["image_id"], (None, None))
             if None not in size and ids.shape != size:

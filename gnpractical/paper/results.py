@@ -69,6 +69,12 @@ class Results:
                 (r["row"], r["seed"]): History(r["train_losses"], r["test_errors"], r["seconds"])
                 for r in held["records"]
             }
+            for run in runs.values():
+                if not 0 < len(run.train_losses) == len(run.test_errors):
+                    raise ValueError("a run needs as many losses as errors")
+                if not all(0 <= error <= 100 for error in run.test_errors):
+                    raise ValueError("errors are in %")
+                fmean([run.seconds, *run.train_losses])
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(
                 f"{self.path} must be a results file that this tool wrote, but it cannot be read "

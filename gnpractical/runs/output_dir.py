@@ -129,6 +129,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+    except RuntimeError as e:  # as torch.save calls what OSError is elsewhere
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(f"{path} cannot be written ({e}); {free / 2**20:.0f} MiB are free") from e
     finally:
         part.unlink(missing_ok=True)
 

@@ -7,6 +7,7 @@ from operator import methodcaller
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from torchvision import transforms as T
@@ -14,6 +15,7 @@ from torchvision.datasets import Caltech101, ImageFolder, OxfordIIITPet
 from torchvision.models import get_model
 from torchvision.models.resnet import Bottleneck
 
+from gnpractical.datasets.panoptic import check_depth, read_image
 from gnpractical.runs.errors import first_line
 
 ARCHS = (
@@ -66,8 +68,8 @@ def open_classes(
             indices = stratified_split(torch.tensor(sets[0].y), 0.2)
             return *map(Subset, sets, indices), len(sets[0].categories)  # type: ignore[return-value]
         folders = (
-            ImageFolder(Path(dataset, "train"), train),
-            ImageFolder(Path(dataset, "val"), test),
+            ImageFolder(Path(dataset, "train"), train, loader=_read_rgb),
+            ImageFolder(Path(dataset, "val"), test, loader=_read_rgb),
         )
     except (OSError, RuntimeError, ValueError) as e:
         if dataset not in LAYOUT:
@@ -80,6 +82,8 @@ def open_classes(
             f"folder to download it into, but {root} does not work ({first_line(e)}). Put the "
             f"dataset there or correct --data."
         ) from None
+    if len(folders[0].classes) < 2:
+        raise ValueError(f"{dataset}: train/ must have at least two classes")
     if folders[0].classes != folders[1].classes:
         odd = sorted(set(folders[0].classes) ^ set(folders[1].classes))
         raise ValueError(
@@ -87,6 +91,12 @@ def open_classes(
             f"only: {', '.join(odd[:5])}"
         )
     return *folders, len(folders[0].classes)
+
+
+def _read_rgb(path: str) -> Image.Image:
+    image = read_image(path)
+    check_depth(image, path)
+    return image.convert("RGB")
 
 
 def _check_pets(folder: Path, classes: int) -> None:

@@ -113,6 +113,11 @@ def train(
         **({"scaler": scaler} if scaler.is_enabled() else {}),
     )
     first = checkpointer.start(weights, weights_backbone, resume)
+    if first > recipe.iterations:
+        raise ValueError(
+            f"--iterations {recipe.iterations} must be at least the {first} that the checkpoint in "
+            f"{output_dir!r} has"
+        )
     for group in optimizer.param_groups:  # those of a resumed run came from its checkpoint
         group["weight_decay"] = recipe.weight_decay if group["decays"] else 0.0
     saver = PeriodicCheckpointer(checkpointer, recipe.checkpoint_period, recipe.iterations)

@@ -218,3 +218,8 @@ def test_yaml_that_would_run_code_is_refused_and_does_not_run(tmp_path):
 def test_unsafe_base_is_refused_too(tmp_path):
     (tmp_path / "base.yaml").write_text('OUTPUT_DIR: !!python/object/apply:str ["x"]\n')
     assert "--allow-unsafe-config" in error_of(write(tmp_path, '_BASE_: "base.yaml"\n'))
+
+
+def test_keys_that_stand_twice(tmp_path):
+    text = "MODEL: {FPN: {NORM: GN_1}}\nSEED: 1\nMODEL: {RESNETS: {NORM: GN_1}}\n"
+    assert "line 3: 'MODEL' stands twice in one mapping" in error_of(write(tmp_path, text))

@@ -160,6 +160,8 @@ def test_accumulated_batches_make_one_iteration(tiny_cfg):
     assert "panoptic_seg/PQ" in metrics_of(cfg)[-1] and trainer.scheduler.last_epoch == 2
     again = make_trainer(tiny_cfg("SOLVER.ACCUMULATE", "3", "SOLVER.MAX_ITER", "3"), resume=True)
     assert again.start_iter == 2
+    with pytest.raises(ValueError, match="SOLVER.MAX_ITER 1 must be at least the 2 that"):
+        make_trainer(tiny_cfg("SOLVER.MAX_ITER", "1"), resume=True).train()
 
 
 @pytest.mark.slow

@@ -66,3 +66,19 @@ def test_pets_of_some_breeds_alone(tmp_path):
         (folder / "annotations" / f"{split}.txt").write_text("Beagle_1 1 2 1\nPug_1 7 2 2\n")
     with pytest.raises(ValueError, match=r"must have the labels 1 to 2, but has \[1, 7\]"):
         open_classes("pets", str(tmp_path), 32)
+
+
+def test_pictures_and_classes_that_cannot_be_told_apart(tmp_path):
+    for split in ("train", "val"):
+        write_folder(tmp_path / split, ["cat"])
+    with pytest.raises(ValueError, match="at least two classes"):
+        open_classes(str(tmp_path), "datasets", 32)
+    for split in ("train", "val"):
+        write_folder(tmp_path / split, ["dog"])
+    train, _, _ = open_classes(str(tmp_path), "datasets", 32)
+    Image.new("I;16", (40, 30), 40000).save(tmp_path / "train" / "cat" / "0.png")
+    with pytest.raises(ValueError, match=r"0.png: 16 or 32 bits a pixel"):
+        train[0]
+    (tmp_path / "train" / "cat" / "0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"0.png: not a readable image"):
+        train[0]

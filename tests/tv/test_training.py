@@ -70,6 +70,8 @@ def test_a_resumed_run_goes_on_where_it_was(tiny_panoptic, dataset, tmp_path):
     # The optimizer's momentum and the schedule came along.
     saved = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert saved["iteration"] == 3 and saved["optimizer"]["state"]
+    with pytest.raises(ValueError, match="--iterations 3 must be at least the 4 that"):
+        train(other, dataset, recipe(3), str(tmp_path), resume=True)
     # Without resume it begins anew.
     train(tiny_panoptic(), dataset, recipe(1), str(tmp_path))
     assert torch.load(tmp_path / "model_final.pth", weights_only=True)["iteration"] == 0
