@@ -41,7 +41,7 @@ def main():
             )
         pngs = args.root / f"panoptic_{split}"
         files = {"panoptic_json": str(annotations), "panoptic_root": str(pngs)}
-        check_annotations(split, files, "leave out what is wrong")
+        check_annotations(split, files, "make the semantic PNGs otherwise")
         written = prepare_semantic(annotations, pngs, output, workers=args.workers)
         print(f"{output}: {written} files written")
 

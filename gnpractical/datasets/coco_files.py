@@ -8,10 +8,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gnpractical.datasets.annotations import check_instances, check_panoptic
-from gnpractical.datasets.panoptic import Json, read_json
+from gnpractical.datasets.panoptic import (
+    Json,
+    panoptic_to_semantic,
+    read_ids,
+    read_json,
+    semantic_labels,
+)
 
 logger = logging.getLogger(__name__)
 
+CHECKED_PNGS = 20
 ROOT_VARIABLE = "DETECTRON2_DATASETS"
 
 
@@ -63,6 +70,8 @@ def check_annotations(
         data = read_json(files["panoptic_json"])
         present = os.listdir(files["panoptic_root"])
         refused += _refused(check_panoptic, files["panoptic_json"], data, present)
+        if not refused and "sem_seg_root" in files:  # else prepare_panoptic.py reads them all
+            refused += _odd_pngs(files, data)
         if "sem_seg_root" in files:
             wanted = {a["file_name"] for a in data["annotations"]}
             missing = wanted - set(os.listdir(files["sem_seg_root"]))
@@ -77,6 +86,19 @@ def check_annotations(
             f"Data set {name} would train wrongly. {'; '.join(refused)}. Mend the annotations, or "
             f"{remedy} to train on them as they are."
         )
+
+
+def _odd_pngs(files: Mapping[str, str], data: Json) -> list[str]:
+    """What is wrong with the first PNGs: those of other annotations give a quality of 0."""
+    labels = semantic_labels(data["categories"])
+    odd = []
+    for annotation in data["annotations"][:CHECKED_PNGS]:
+        path = os.path.join(files["panoptic_root"], annotation["file_name"])
+        try:
+            panoptic_to_semantic(read_ids(path), annotation["segments_info"], labels)
+        except ValueError as e:
+            odd.append(f"{path}: {e}")
+    return odd[:1]
 
 
 def _existing(root: str | None, images: Any) -> list[str] | None:

@@ -68,6 +68,13 @@ CHANGES = {
     "panoptic": {
         **{f"no {key}": drop(key) for key in ("annotations", "categories")},
         "no isthing": drop("categories", "isthing"),
+        "isthing turned round": lambda data: [
+            category.update(isthing=1 - category["isthing"]) for category in data["categories"]
+        ],
+        "ids not in the PNGs": lambda d: [
+            s.update(id=s["id"] + 5000) for a in d["annotations"] for s in a["segments_info"]
+        ],
+        "empty segments": each("annotations", segments_info=[]),
         "isthing 2": each("categories", isthing=2),
         "isthing text": each("categories", isthing="no"),
         "no segments": drop("annotations", "segments_info"),
