@@ -90,7 +90,7 @@ def convert(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    rule: str | int = "practical",
+    rule: str | int = "cpg_4",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     on_unpaired: str | int = "error",
@@ -110,8 +110,10 @@ def convert(
             positional arguments or a dict of keyword arguments. With it the layers that feed each
             norm are found by data flow (see ``data_flow``), without it by structure (see
             ``pairing``). Norms that do not run, as those used in training only, go by structure.
-        rule: As :class:`PracticalGroupNorm`'s. A width rule's number is lowered where the example
-            inputs show fewer than ``MIN_VALUES`` values to a group.
+        rule: As :class:`PracticalGroupNorm`'s; by default four channels to a group, which did as
+            well as 32 groups or better wherever both were trained (docs/RESULTS.md). A width rule's
+            number is lowered where the example inputs show fewer than ``MIN_VALUES`` values to a
+            group.
         include, exclude: Patterns of norm paths, such as ``"backbone.*"``; the others are left.
         on_unpaired: What to do with a norm whose feeding layer is not known or not unique:
             "error", "keep" (leave it), or a number of groups to give it.

@@ -44,7 +44,7 @@ def fed_by(conversion):
 
 
 def test_data_flow_through_functional_code():
-    conversion = convert(Functional(), torch.randn(2, 3, 8, 8))
+    conversion = convert(Functional(), torch.randn(2, 3, 8, 8), rule="practical")
     assert fed_by(conversion) == {
         "norms.0": (3, "convs.0"),
         "norms.1": (8, "convs.1"),  # not the gate's, not the shortcut's
@@ -82,7 +82,7 @@ def test_affine_values_and_training_stay():
     nn.init.normal_(model[1].weight)
     model[1].bias.requires_grad_(False)
     weight = model[1].weight.detach().clone()
-    convert(model)
+    convert(model, rule="practical")
     assert type(model[1]) is PracticalGroupNorm and not model[1].training
     torch.testing.assert_close(model[1].weight.detach(), weight)
     assert model[1].weight.requires_grad and not model[1].bias.requires_grad
@@ -126,14 +126,14 @@ def test_norms_without_a_layer_follow_the_policy(example):
     model = unpaired()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"1 norms could not be paired.*0 \(BatchNorm2d, 6 chann"):
-        convert(model, example)
+        convert(model, example, rule="practical")
     assert type(model[2]) is nn.BatchNorm2d and model.state_dict().keys() == before.keys()
-    kept = convert(unpaired(), example, on_unpaired="keep")
+    kept = convert(unpaired(), example, on_unpaired="keep", rule="practical")
     assert type(kept.model[0]) is nn.BatchNorm2d and kept.norms[0].skipped_reason
-    fixed = convert(unpaired(), example, on_unpaired=3)
+    fixed = convert(unpaired(), example, on_unpaired=3, rule="practical")
     assert fixed.model[0].num_groups == 3 and fixed.model[2].num_groups == 1
     with pytest.raises(ValueError, match="0: 4 groups do not divide 6"):
-        convert(unpaired(), example, on_unpaired=4)
+        convert(unpaired(), example, on_unpaired=4, rule="practical")
 
 
 def test_calls_after_layers_of_different_widths_are_ambiguous():
@@ -157,12 +157,12 @@ def test_too_few_values_to_a_group_are_avoided_where_they_are_seen():
             nn.AdaptiveAvgPool2d(1), nn.Conv2d(256, 32, 1), nn.BatchNorm2d(32), nn.ReLU()
         )
 
-    conversion = convert(pooling(), torch.randn(2, 256, 8, 8))
+    conversion = convert(pooling(), torch.randn(2, 256, 8, 8), rule="practical")
     assert conversion.norms[0].limited_from == 32 and conversion.norms[0].num_groups == 8
     assert "limited from G=32" in str(conversion)
     conversion.model(torch.randn(2, 256, 8, 8)).pow(3).sum().backward()
     assert conversion.model[1].weight.grad.abs().max() > 1e-6
-    assert convert(pooling()).norms[0].num_groups == 32
+    assert convert(pooling(), rule="practical").norms[0].num_groups == 32
 
 
 def test_measured_and_weight_standardization():
@@ -204,3 +204,11 @@ def test_a_norm_after_a_sum_gets_the_same_count_whichever_branch_ran_first(wide_
     model = Sum()
     convert(model, torch.randn(2, 3, 8, 8))
     assert (model.norm.in_channels, model.norm.num_groups) == (256, 32)
+
+
+def test_by_default_four_channels_make_a_group():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6)
+    )
+    assert [norm.num_groups for norm in convert(model).norms] == [2, 2]
+    assert model[1].rule == "cpg_4"

@@ -49,7 +49,7 @@ def sequential_layer(norm):  # MobileNetV3's Conv2dNormActivation, and the like
 def test_torchvision_models_against_lists_made_by_hand(name, count, expected):
     torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.get_model(name, weights=None)
-    conversion = convert(model, torch.randn(1, 3, 64, 64))
+    conversion = convert(model, torch.randn(1, 3, 64, 64), rule="practical")
     assert len(conversion.norms) == count
     for norm in conversion.norms:
         assert norm.layers == expected(norm.name), norm.name
@@ -61,7 +61,7 @@ def test_torchvision_models_against_lists_made_by_hand(name, count, expected):
 
 def converted_resnet50():
     torchvision = pytest.importorskip("torchvision")
-    return convert(torchvision.models.resnet50(), torch.randn(1, 3, 224, 224))
+    return convert(torchvision.models.resnet50(), torch.randn(1, 3, 224, 224), rule="practical")
 
 
 def test_resnet50_group_counts():
