@@ -98,7 +98,7 @@ def test_norms_without_a_count_stop_before_training(tiny_cfg, monkeypatch):
     model = nn.ModuleDict({"odd": nn.ModuleList([get_norm("GN_PRACTICAL", 24)])})
     monkeypatch.setattr(DefaultTrainer, "build_model", classmethod(lambda cls, cfg: model))
     with pytest.raises(ValueError, match=r"odd\.0 \(GN_PRACTICAL, 24 channels\)"):
-        Trainer.build_model(None)
+        Trainer.build_model(tiny_cfg())
 
 
 def test_evaluation_alone_gives_the_same_numbers(tiny_cfg):

@@ -31,7 +31,9 @@ class Bottleneck(nn.Module):
 
 def bottleneck():
     model = Bottleneck()
-    conversion = convert(model, torch.randn(1, 3, 16, 16), weight_standardization=True)
+    conversion = convert(
+        model, torch.randn(1, 3, 16, 16), rule="practical", weight_standardization=True
+    )
     assert [norm.num_groups for norm in conversion.norms] == [1, 8, 8]
     return model
 
@@ -39,7 +41,7 @@ def bottleneck():
 def resnet18():
     models = pytest.importorskip("torchvision").models
     model = models.resnet18(num_classes=4)
-    convert(model, torch.randn(1, 3, 64, 64), weight_standardization=True)
+    convert(model, torch.randn(1, 3, 64, 64), rule="practical", weight_standardization=True)
     return model
 
 
@@ -99,7 +101,7 @@ def test_torch_fx(weight_standardization):
 
     model = torchvision.models.resnet18().eval()
     x = torch.randn(2, 3, 64, 64)
-    convert(model, x, weight_standardization=weight_standardization)
+    convert(model, x, rule="practical", weight_standardization=weight_standardization)
     features = create_feature_extractor(model, ["layer2", "fc"])(x)
     assert features["layer2"].shape == (2, 128, 8, 8)
     torch.testing.assert_close(features["fc"], model(x))
@@ -107,7 +109,7 @@ def test_torch_fx(weight_standardization):
 
 def test_scripting_weight_standardization_says_what_to_do():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8))
-    convert(model, torch.randn(1, 3, 8, 8), weight_standardization=True)
+    convert(model, torch.randn(1, 3, 8, 8), rule="practical", weight_standardization=True)
     with pytest.raises(RuntimeError, match="first call gnpractical.fold_weight_standardization"):
         torch.jit.script(model)
     fold_weight_standardization(model)

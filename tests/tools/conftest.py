@@ -87,7 +87,6 @@ def refused(places, tmp_path):
     def run(tool, options, data=None):
         if "net" in tool or "{root}/configs" in options:
             pytest.importorskip("detectron2", reason="Detectron2 is not installed")
-            import gnpractical.d2  # noqa: F401  before the fork
         words = [w.format(**places, out=tmp_path / "out") for w in options.split()]
         code, text = forked(tool, words, data or places["data"], tmp_path)
         assert code in (1, 2) and "Traceback" not in text, text[-3000:]

@@ -51,7 +51,6 @@ def trained(request, places, tmp_path_factory):
     tool = request.param
     if "net" in tool:
         pytest.importorskip("detectron2", reason="Detectron2 is not installed")
-        import gnpractical.d2  # noqa: F401
     folder = tmp_path_factory.mktemp("trained")
     words = ONE_STEP[tool].format(**places, out=folder / "out").split()
     code, text = forked(tool, words, places["data"], folder)
