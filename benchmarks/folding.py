@@ -23,8 +23,8 @@ from gnpractical import convert, fold_weight_standardization
 def models(example):
     torch.manual_seed(0)
     resnet = torchvision.models.resnet50().eval()
-    plain = convert(resnet, example, inplace=False).model
-    unfolded = convert(resnet, example, weight_standardization=True).model
+    plain = convert(resnet, example, rule="practical", inplace=False).model
+    unfolded = convert(resnet, example, rule="practical", weight_standardization=True).model
     folded = copy.deepcopy(unfolded)
     fold_weight_standardization(folded)
     return {"plain": plain, "unfolded": unfolded, "folded": folded}

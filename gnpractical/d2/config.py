@@ -101,22 +101,22 @@ def _check_yaml(path: str) -> None:
     aliases = sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text))
     if aliases > _MAX_ALIASES:
         raise ValueError(f"it has {aliases} YAML aliases (*name); {_MAX_ALIASES} are admitted")
-    _check_keys(yaml.compose(text))
+    _check_keys(yaml.compose(text), set())
 
 
-def _check_keys(node: yaml.Node | None) -> None:
-    """Raise ValueError for a key that stands twice in a mapping: YAML would take the last."""
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
-                line = key.start_mark.line + 1
-                raise ValueError(f"line {line}: {key.value!r} stands twice in one mapping")
-            seen.add((key.tag, key.value if isinstance(key, yaml.ScalarNode) else id(key)))
-            _check_keys(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            _check_keys(value)
+def _check_keys(node: yaml.Node | None, seen: set[int]) -> None:
+    """Raise ValueError for a key that stands twice in a mapping, of which YAML takes the last."""
+    if not isinstance(node, yaml.CollectionNode) or id(node) in seen:  # aliases share nodes
+        return
+    seen.add(id(node))
+    mapping = isinstance(node, yaml.MappingNode)
+    keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if mapping else []
+    for i, key in enumerate(keys):
+        if key.value in {other.value for other in keys[:i]}:
+            line = key.start_mark.line + 1
+            raise ValueError(f"line {line}: {key.value!r} stands twice in one mapping")
+    for value in [value for _, value in node.value] if mapping else node.value:
+        _check_keys(value, seen)
 
 
 def _check(cfg: CfgNode) -> None:

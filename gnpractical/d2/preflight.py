@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import os
-from collections.abc import Container
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -17,7 +16,6 @@ from gnpractical.datasets.coco_files import (
     check_files,
     datasets_root,
 )
-from gnpractical.datasets.panoptic import read_json
 from gnpractical.datasets.shapes import make_shapes
 
 _INSTANCES = ("image_root", "json_file")
@@ -66,17 +64,6 @@ def check_datasets(cfg: CfgNode, *splits: str) -> None:
                 f"MODEL.SEM_SEG_HEAD.NUM_CLASSES {stuff}, not {head}"
             )
         remedy = "set MODEL.GNP.CHECK_ANNOTATIONS False"
-        check_annotations(name, files, remedy, training=name in cfg.DATASETS.TRAIN)
-        if "panoptic_json" in files:
-            _check_categories(files["panoptic_json"], metadata.thing_dataset_id_to_contiguous_id)
-
-
-def _check_categories(path: str, things: Container[int]) -> None:
-    """Raise ValueError unless a panoptic JSON and the data set's metadata have the same things."""
-    categories = read_json(path).get("categories", ())
-    odd = [c["name"] for c in categories if bool(c["isthing"]) != (c["id"] in things)]
-    if odd:
-        raise ValueError(
-            f"{path} and the registered data set must have the same things; {len(odd)} are of one "
-            f"of them alone, first {odd[0]!r}"
-        )
+        training = name in cfg.DATASETS.TRAIN
+        ids = metadata.get("thing_dataset_id_to_contiguous_id")
+        check_annotations(name, files, remedy, training=training, things=ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from gnpractical.datasets.annotations import check_instances, check_panoptic
@@ -52,13 +52,19 @@ def check_files(name: str, files: Mapping[str, str], root: str, source: str) -> 
 
 
 def check_annotations(
-    name: str, files: Mapping[str, str], remedy: str, *, training: bool = True
+    name: str,
+    files: Mapping[str, str],
+    remedy: str,
+    *,
+    training: bool = True,
+    things: Container[int] | None = None,
 ) -> None:
     """Raise ValueError for annotations that would train wrongly; log the harmless problems.
 
     Args:
         remedy: tells the user how to train on them all the same.
         training: whether there must be annotations, which COCO's test sets do not have.
+        things: ids of the categories that a model takes for things, if they are known.
     """
     refused: list[str] = []
     if "json_file" in files:
@@ -68,13 +74,16 @@ def check_annotations(
             refused += _refused(check_instances, files["json_file"], data, present)
     if "panoptic_json" in files:
         data = read_json(files["panoptic_json"])
-        present = os.listdir(files["panoptic_root"])
+        present = _existing(files["panoptic_root"], data.get("annotations"))
         refused += _refused(check_panoptic, files["panoptic_json"], data, present)
+        if things is not None:
+            odd = [c for c in data["categories"] if bool(c["isthing"]) != (c["id"] in things)]
+            refused += [f"{files['panoptic_json']}: not of its things: {odd[0]}"] if odd else []
         if not refused and "sem_seg_root" in files:  # else prepare_panoptic.py reads them all
-            refused += _odd_pngs(files, data)
+            refused += _odd_png(files["panoptic_root"], data)
         if "sem_seg_root" in files:
             wanted = {a["file_name"] for a in data["annotations"]}
-            missing = wanted - set(os.listdir(files["sem_seg_root"]))
+            missing = wanted.difference(_existing(files["sem_seg_root"], data["annotations"]) or ())
             if missing:
                 raise ValueError(
                     f"Data set {name}: {len(missing)} of {len(wanted)} semantic PNGs are not in "
@@ -88,24 +97,23 @@ def check_annotations(
         )
 
 
-def _odd_pngs(files: Mapping[str, str], data: Json) -> list[str]:
-    """What is wrong with the first PNGs: those of other annotations give a quality of 0."""
+def _odd_png(folder: str, data: Json) -> list[str]:
+    """What is wrong with one of the first PNGs: those of other annotations are scored as 0."""
     labels = semantic_labels(data["categories"])
-    odd = []
     for annotation in data["annotations"][:CHECKED_PNGS]:
-        path = os.path.join(files["panoptic_root"], annotation["file_name"])
+        path = os.path.join(folder, annotation["file_name"])
         try:
             panoptic_to_semantic(read_ids(path), annotation["segments_info"], labels)
         except ValueError as e:
-            odd.append(f"{path}: {e}")
-    return odd[:1]
+            return [f"{path}: {e}"]
+    return []
 
 
-def _existing(root: str | None, images: Any) -> list[str] | None:
-    if not root or not isinstance(images, list):
+def _existing(root: str | None, entries: Any) -> list[str] | None:
+    if not root or not isinstance(entries, list):
         return None
     listed = set(os.listdir(root))  # one call for the many that lie in the folder itself
-    found = [i.get("file_name") for i in images if isinstance(i, dict)]
+    found = [i.get("file_name") for i in entries if isinstance(i, dict)]
     names = [name for name in found if isinstance(name, str)]
     return [n for n in names if n in listed or os.path.exists(os.path.join(root, n))]
 

@@ -74,7 +74,8 @@ class Results:
                     raise ValueError("a run needs as many losses as errors")
                 if not all(0 <= error <= 100 for error in run.test_errors):
                     raise ValueError("errors are in %")
-                fmean([run.seconds, *run.train_losses])
+                if not all(isinstance(x, int | float) for x in (run.seconds, *run.train_losses)):
+                    raise ValueError("losses and seconds are numbers")
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(
                 f"{self.path} must be a results file that this tool wrote, but it cannot be read "

@@ -31,10 +31,8 @@ HEADLINES = ("bbox/AP", "segm/AP", "panoptic_seg/PQ")  # the scores that are pri
 # The least value of each number among the options.
 _LEAST = dict.fromkeys(("iterations", "batch_size", "checkpoint_period", "max_size"), 1)
 _LEAST |= dict.fromkeys(("calibration_batches", "min_size", "accumulate"), 1)
-_LEAST |= dict.fromkeys(
-    ("warmup", "stop_at", "match_batches", "workers", "lr", "momentum", "weight_decay"), 0
-)
-_LEAST["clip_grad_norm"] = 0
+_LEAST |= dict.fromkeys(("warmup", "stop_at", "match_batches", "workers"), 0)
+_LEAST |= dict.fromkeys(("lr", "momentum", "weight_decay", "clip_grad_norm"), 0)
 
 
 @dataclass(frozen=True, kw_only=True)

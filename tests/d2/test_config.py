@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -223,3 +224,13 @@ def test_unsafe_base_is_refused_too(tmp_path):
 def test_keys_that_stand_twice(tmp_path):
     text = "MODEL: {FPN: {NORM: GN_1}}\nSEED: 1\nMODEL: {RESNETS: {NORM: GN_1}}\n"
     assert "line 3: 'MODEL' stands twice in one mapping" in error_of(write(tmp_path, text))
+
+
+def test_aliases_are_looked_at_once(tmp_path):
+    levels = [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 25)]  # 2**24 leaves
+    text = "\n".join(["a0: &a0 [1]", *levels])
+    start = time.perf_counter()
+    assert "Non-existent config key: a0" in error_of(write(tmp_path, text))
+    assert time.perf_counter() - start < 3
+    error = error_of(write(tmp_path, "MODEL: &m\n  FPN: [*m]\n"))
+    assert "leads back to itself" not in error

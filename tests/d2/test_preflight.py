@@ -133,3 +133,11 @@ def test_pictures_that_would_be_read_wrongly(tiny_cfg, own_copy, tmp_path, key, 
     picture.save(tmp_path / "odd.png")
     with pytest.raises(ValueError, match=rf"odd.png.*{message}"):
         mapper(sample | {key: str(tmp_path / "odd.png")})
+
+
+def test_a_picture_that_was_cut_off_is_named(tiny_cfg, own_copy):
+    sample = DatasetCatalog.get(NAME)[0]
+    path = own_copy / "train" / sample["file_name"].rpartition("/")[2]
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(ValueError, match=rf"{path}: not a readable image .*truncated"):
+        CheckedMapper(tiny_cfg(), is_train=True)(sample)

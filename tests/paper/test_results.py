@@ -53,7 +53,16 @@ def test_other_settings_are_refused_by_name(tmp_path):
             Results(path, settings)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"settings": {}, "records": [{"no": 1}]}'])
+RUN = {"row": "1", "seed": 0, "train_losses": [1.0], "test_errors": [5.0], "seconds": 1.0}
+DAMAGED = [
+    *({"train_losses": []}, {"train_losses": None}, {"train_losses": ["a"]}, {"seconds": None}),
+    *({"test_errors": [900.0]}, {"test_errors": [math.nan]}, {"test_errors": [1.0, 2.0]}),
+]
+BAD = ["", "[]", "{}", '{"settings": {}, "records": [{"no": 1}]}']
+BAD += [json.dumps({"settings": {}, "records": [RUN | damage]}) for damage in DAMAGED]
+
+
+@pytest.mark.parametrize("text", BAD)
 def test_a_bad_file_is_refused_and_left_alone(tmp_path, text):
     path = tmp_path / "results.json"
     path.write_text(text)

@@ -10,6 +10,7 @@ from gnpractical.runs.output_dir import (
     check_disk_space,
     check_output_dir,
     claim_output_dir,
+    write_atomically,
     write_text,
 )
 
@@ -93,3 +94,12 @@ def test_files_have_the_usual_permissions(tmp_path):
     write_text(tmp_path / "a", "x")
     (tmp_path / "b").write_text("x")
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+def test_an_error_of_torch_save_names_the_file_and_the_space(tmp_path):
+    def write(file):
+        raise RuntimeError("unexpected pos 64 vs 0")  # as on a full disk
+
+    with pytest.raises(OSError, match=r"x.pth cannot be written \(unexpected pos .* MiB are free"):
+        write_atomically(tmp_path / "x.pth", write)
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 
 from gnpractical import demo
 
@@ -61,3 +62,15 @@ def test_errors_in_one_line(monkeypatch, tmp_path, options, blocked, expected):
         demo.main()
     assert stop.value.code.startswith("error: ") and expected in stop.value.code
     assert len(stop.value.code.splitlines()) == 1
+
+
+def test_a_folder_in_use_is_left_alone(monkeypatch, tmp_path):
+    folder = tmp_path.resolve()
+    lock = FileLock(folder / ".lock")
+    with lock:
+        (folder / ".lock").write_text("process 1 on elsewhere")
+        monkeypatch.setattr(sys, "argv", ["demo", "--output-dir", str(tmp_path)])
+        with pytest.raises(SystemExit) as stop:
+            demo.main()
+    assert "is in use by process 1 on elsewhere" in stop.value.code
+    assert [p.name for p in tmp_path.iterdir()] == [".lock"]

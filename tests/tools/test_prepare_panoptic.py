@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 import sys
@@ -39,3 +40,36 @@ def test_bad_annotations_in_one_line(folder, tmp_path, error_of):
     args = ["--root", tmp_path / "copy", "--output", tmp_path / "out", "--splits", "val"]
     assert "1 of 2 annotations are not usable" in error_of(TOOL, *args)
     assert len(list((tmp_path / "out" / "panoptic_stuff_val").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["000001.png", "000001.png"], "file_name used twice in 'annotations': 1 of 2"),
+        (["../panoptic_val/000001.png", "000002.png"], "must be below the folder of the PNGs"),
+    ],
+)
+def test_file_names_that_lead_elsewhere(folder, tmp_path, error_of, names, expected):
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "annotations" / "panoptic_val.json"
+    data = json.loads(path.read_text())
+    for annotation, name in zip(data["annotations"], names, strict=True):
+        annotation["file_name"] = name
+    path.write_text(json.dumps(data))
+    args = ["--root", tmp_path / "copy", "--output", tmp_path / "out", "--splits", "val"]
+    assert expected in error_of(TOOL, *args)
+
+
+def test_file_names_with_folders(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    pngs, path = tmp_path / "copy" / "panoptic_val", tmp_path / "copy/annotations/panoptic_val.json"
+    data = json.loads(path.read_text())
+    (pngs / "a").mkdir()
+    for annotation in data["annotations"]:
+        (pngs / annotation["file_name"]).rename(pngs / "a" / annotation["file_name"])
+        annotation["file_name"] = f"a/{annotation['file_name']}"
+    path.write_text(json.dumps(data))
+    command = [sys.executable, TOOL, "--root", tmp_path / "copy", "--output", tmp_path / "out"]
+    done = subprocess.run([*command, "--splits", "val"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out" / "panoptic_stuff_val" / "a").iterdir())) == 2
