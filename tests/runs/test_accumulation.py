@@ -72,18 +72,20 @@ def _in_two_processes(rank, port, path):
     dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
     model = DistributedDataParallel(Model())
     exchanges = []
-    model.register_comm_hook(
-        None,
-        lambda _, bucket: (
-            exchanges.append(1)
-            or dist.all_reduce(bucket.buffer() / 2, async_op=True)  # in place of the division
-            .get_future()
-            .then(lambda f: f.value()[0])
-        ),
-    )
+
+    def exchange(_, bucket):
+        exchanges.append(1)
+        gradients = bucket.buffer() / 2
+        dist.all_reduce(gradients)  # waits, so that no thread outlives the process group
+        done = torch.futures.Future()
+        done.set_result(gradients)
+        return done
+
+    model.register_comm_hook(None, exchange)
     mine = [part[rank : rank + 1] for part in IMAGES.split(2)]
     weights = train(Accumulated(model, scaler()), Grouped(mine, 4))[1]
     torch.save((weights, len(exchanges)), f"{path}{rank}")
+    del model  # it holds the process group, whose threads must end before the interpreter
     dist.destroy_process_group()
 
 
