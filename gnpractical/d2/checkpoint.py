@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import MetadataCatalog
 from torch import nn
 
 from gnpractical.runs.checkpointer import GroupCheckpointer
-from gnpractical.runs.file_weights import unwrapped
+from gnpractical.runs.classes import Classes
+from gnpractical.runs.file_weights import torch_load, unwrapped
 from gnpractical.runs.group_record import GroupRecord, group_record
 from gnpractical.runs.pretrained import PretrainedResNet, strides_in_1x1
 
@@ -30,6 +32,17 @@ _NORM_KEYS = {
 _NORM_NAMES = {"BatchNorm2d": "BN", "FrozenBatchNorm2d": "FrozenBN", "SyncBatchNorm": "nnSyncBN"}
 
 
+def classes_of(dataset: str) -> Classes:
+    """The classes of a registered data set, as far as its metadata tell them by now."""
+    metadata, classes = MetadataCatalog.get(dataset), {}
+    for kind, key in (("things", "thing"), ("stuff", "stuff")):
+        numbers = metadata.get(f"{key}_dataset_id_to_contiguous_id", {})
+        ids = {number: category_id for category_id, number in numbers.items()}
+        names = metadata.get(f"{key}_classes") or []
+        classes[kind] = {ids.get(number, number): name for number, name in enumerate(names)}
+    return classes
+
+
 class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
     """Detectron2's checkpointer with what :class:`GroupCheckpointer` adds.
 
@@ -40,10 +53,14 @@ class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
     """
 
     @classmethod
-    def from_config(cls, cfg, model: nn.Module, **kwargs: Any) -> GNPCheckpointer:
-        """The checkpointer that ``cfg`` asks for, saving to its OUTPUT_DIR."""
-        mismatch = cfg.MODEL.GNP.CHECKPOINT_MISMATCH
-        return cls(model, cfg.OUTPUT_DIR, mismatch=mismatch, **kwargs)
+    def from_config(cls, cfg, model: nn.Module, dataset: str, **kwargs: Any) -> GNPCheckpointer:
+        """The checkpointer that ``cfg`` asks for, saving to its OUTPUT_DIR.
+
+        Args:
+            dataset: the data set whose classes the model predicts.
+        """
+        mismatch, classes = cfg.MODEL.GNP.CHECKPOINT_MISMATCH, classes_of(dataset)
+        return cls(model, cfg.OUTPUT_DIR, mismatch=mismatch, classes=classes, **kwargs)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         try:
@@ -55,7 +72,7 @@ class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
     def _read(self, filename: str) -> dict[str, Any]:
         """As Detectron2's ``_load_file``, whose pickles and .pyth files could run code."""
         if filename.endswith(".pyth"):  # pycls
-            state = self._torch_load(filename)["model_state"]
+            state = torch_load(filename)["model_state"]
             weights = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
             return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
         if not filename.endswith((".pkl", ".safetensors")):
@@ -68,6 +85,9 @@ class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
             return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
         return loaded
 
+    def _torch_load(self, f: str) -> Any:  # DetectionCheckpointer's, which _load_file calls
+        return torch_load(f)
+
     whole_model_advice = "Take the config and the data sets that it was trained with."
     load_anyway = "MODEL.GNP.CHECKPOINT_MISMATCH warn"
 
@@ -76,6 +96,9 @@ class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
         if resnet.depth:
             changes = {"DEPTH": resnet.depth} | changes
         return ", ".join(f"MODEL.RESNETS.{key} {value}" for key, value in changes.items())
+
+    def stride_advice(self, in_1x1: bool) -> str:
+        return f"MODEL.RESNETS.STRIDE_IN_1X1 {in_1x1}"
 
     def prepared(self, resnet: PretrainedResNet) -> tuple[PretrainedResNet, list[str]]:
         model, changes = self.model, {}
@@ -88,9 +111,10 @@ class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
                 own.flatten().cpu().float(), other, rtol=0.02
             ):
                 changes[f"MODEL.{key.upper()}"] = [round(x, 3) for x in other.tolist()]
+        advice = [f"{key} {value}" for key, value in changes.items()]
         if strides_in_1x1(model) not in (None, resnet.stride_in_1x1):
-            changes["MODEL.RESNETS.STRIDE_IN_1X1"] = resnet.stride_in_1x1
-        return resnet, [f"{key} {value}" for key, value in changes.items()]
+            advice.append(self.stride_advice(resnet.stride_in_1x1))
+        return resnet, advice
 
     def advice(self, differing: list[str], record: GroupRecord) -> str:
         return (

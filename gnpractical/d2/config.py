@@ -12,7 +12,14 @@ from detectron2.config import CfgNode, get_cfg
 
 from gnpractical.d2.norm import check_norm_names, flatten
 
-MISMATCH_CHOICES = ("error", "warn", "ignore")
+_CHOICES = {
+    "MODEL.GNP.CHECKPOINT_MISMATCH": ("error", "warn", "ignore"),
+    "INPUT.FORMAT": ("BGR", "RGB", "L", "YUV-BT.601"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "INPUT.CROP.TYPE": ("absolute", "absolute_range", "relative", "relative_range"),
+}
 _DEPTHS = (18, 34, 50, 101, 152)
 _RESNETS = [f"build_{kind}_backbone" for kind in ("resnet", "resnet_fpn", "retinanet_resnet_fpn")]
 _RESNETS += ["build_gnp_resnet_backbone", "build_gnp_resnet_fpn_backbone"]
@@ -31,6 +38,11 @@ _LEAST = {
     "SOLVER.WARMUP_ITERS": 0,
     "TEST.EVAL_PERIOD": 0,
     "DATALOADER.NUM_WORKERS": 0,
+    "INPUT.MIN_SIZE_TRAIN": 1,
+    "INPUT.MAX_SIZE_TRAIN": 1,
+    "INPUT.MIN_SIZE_TEST": 0,
+    "INPUT.MAX_SIZE_TEST": 1,
+    "MODEL.PIXEL_STD": 1e-6,
 }
 # Aliases of YAML that a config needs at most. A few that refer to one another unfold to gigabytes.
 _MAX_ALIASES = 50
@@ -133,15 +145,19 @@ def _check(cfg: CfgNode) -> None:
             f"TEST.AUG.ENABLED: Detectron2 has test-time augmentation for GeneralizedRCNN only, "
             f"not for {cfg.MODEL.META_ARCHITECTURE}"
         )
-    if cfg.MODEL.GNP.CHECKPOINT_MISMATCH not in MISMATCH_CHOICES:
-        raise ValueError(
-            f"MODEL.GNP.CHECKPOINT_MISMATCH must be one of {', '.join(MISMATCH_CHOICES)}; "
-            f"got {cfg.MODEL.GNP.CHECKPOINT_MISMATCH!r}"
-        )
     values = flatten(cfg)
+    for key, choices in _CHOICES.items():
+        if values[key] not in choices:
+            raise ValueError(f"{key} must be one of {', '.join(choices)}; got {values[key]!r}")
     for key, least in _LEAST.items():
-        if not values[key] >= least:  # nor nan
+        numbers = values[key] if isinstance(values[key], list | tuple) else [values[key]]
+        if not numbers or not all(number >= least for number in numbers):  # nor nan
             raise ValueError(f"{key} must be at least {least}, got {values[key]}")
+    if len(cfg.MODEL.PIXEL_MEAN) != len(cfg.MODEL.PIXEL_STD):
+        raise ValueError(
+            f"MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must have a value for each channel; got "
+            f"{cfg.MODEL.PIXEL_MEAN} and {cfg.MODEL.PIXEL_STD}"
+        )
     # Other projects' ResNets have other depths.
     if cfg.MODEL.BACKBONE.NAME in _RESNETS and cfg.MODEL.RESNETS.DEPTH not in _DEPTHS:
         raise ValueError(

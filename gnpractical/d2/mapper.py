@@ -8,14 +8,14 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from PIL import Image
 
-from gnpractical.datasets.panoptic import check_depth, check_labels, check_size
+from gnpractical.datasets.panoptic import check_depth, check_is_file, check_labels, check_size
 
 
 class CheckedMapper(DatasetMapper):
     """Raises ValueError for pictures that Detectron2 reads wrongly, or a model cannot train on.
 
-    These are pictures of 16 bits, semantic PNGs of another size than their image, and in training
-    those without a label, or with one that the model does not have. Images of another size than
+    These are pictures of 16 bits, and semantic PNGs of another size than their image, with a label
+    that the model does not have, or in training without any. Images of another size than
     the annotations say Detectron2 refuses itself.
     """
 
@@ -23,10 +23,11 @@ class CheckedMapper(DatasetMapper):
         super().__init__(cfg, is_train=is_train)
         head, architecture = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.META_ARCHITECTURE
         self._labels = None
-        if is_train and architecture in ("PanopticFPN", "SemanticSegmentor"):
+        if architecture in ("PanopticFPN", "SemanticSegmentor"):
             self._labels = head.NUM_CLASSES, head.IGNORE_VALUE
 
     def __call__(self, dataset_dict: dict) -> Any:
+        check_is_file(dataset_dict["file_name"])
         with Image.open(dataset_dict["file_name"]) as image:  # which reads no pixels
             check_depth(image, dataset_dict["file_name"])
         if "sem_seg_file_name" in dataset_dict:
@@ -36,7 +37,8 @@ class CheckedMapper(DatasetMapper):
                 if {"width", "height"} <= dataset_dict.keys():
                     check_size(labels, path, dataset_dict)
                 if self._labels:
-                    check_labels(labels, path, *self._labels)
+                    classes, ignored = self._labels
+                    check_labels(labels, path, classes, training=self.is_train, ignored=ignored)
         try:
             return super().__call__(dataset_dict)
         except OSError as e:  # Pillow's, which does not say where

@@ -66,4 +66,5 @@ def check_datasets(cfg: CfgNode, *splits: str) -> None:
         remedy = "set MODEL.GNP.CHECK_ANNOTATIONS False"
         training = name in cfg.DATASETS.TRAIN
         ids = metadata.get("thing_dataset_id_to_contiguous_id")
-        check_annotations(name, files, remedy, training=training, things=ids)
+        scored = "TEST" in splits and name in cfg.DATASETS.TEST
+        check_annotations(name, files, remedy, training=training, things=ids, scored=scored)

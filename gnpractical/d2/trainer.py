@@ -96,7 +96,7 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         match = cfg.MODEL.GNP.MATCH_BATCHES > 0
         self.checkpointer = GNPCheckpointer.from_config(
-            cfg, model, match=match, trainer=weakref.proxy(self)
+            cfg, model, cfg.DATASETS.TRAIN[0], match=match, trainer=weakref.proxy(self)
         )
         self.start_iter = 0
         # The schedule of learning rates is that of MAX_ITER all the same.
@@ -225,7 +225,7 @@ class Trainer(DefaultTrainer):
             check_datasets(cfg, "TEST")
         comm.synchronize()
         model = cls.build_model(cfg)
-        checkpointer = GNPCheckpointer.from_config(cfg, model)
+        checkpointer = GNPCheckpointer.from_config(cfg, model, cfg.DATASETS.TEST[0])
         path = (resume and checkpointer.get_checkpoint_file()) or cfg.MODEL.WEIGHTS
         if not path:
             nor = f", and there is no checkpoint in {cfg.OUTPUT_DIR!r}" if resume else ""

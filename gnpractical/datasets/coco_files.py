@@ -7,11 +7,14 @@ import os
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
+import numpy as np
+
 from gnpractical.datasets.annotations import check_instances, check_panoptic
 from gnpractical.datasets.panoptic import (
     Json,
     panoptic_to_semantic,
     read_ids,
+    read_image,
     read_json,
     semantic_labels,
 )
@@ -58,6 +61,7 @@ def check_annotations(
     *,
     training: bool = True,
     things: Container[int] | None = None,
+    scored: bool = False,
 ) -> None:
     """Raise ValueError for annotations that would train wrongly; log the harmless problems.
 
@@ -65,6 +69,7 @@ def check_annotations(
         remedy: tells the user how to train on them all the same.
         training: whether there must be annotations, which COCO's test sets do not have.
         things: ids of the categories that a model takes for things, if they are known.
+        scored: whether pycocotools gets the file as it is, which then needs areas.
     """
     refused: list[str] = []
     if "json_file" in files:
@@ -72,6 +77,11 @@ def check_annotations(
         if training or "annotations" in data:
             present = _existing(files.get("image_root"), data.get("images"))
             refused += _refused(check_instances, files["json_file"], data, present)
+            if scored and not all({"area", "iscrowd"} <= a.keys() for a in data["annotations"]):
+                raise ValueError(
+                    f'{files["json_file"]}: to be scored, every annotation needs an "area" in '
+                    f'pixels, that of its box if it has no mask, and "iscrowd": 0 or 1'
+                )
     if "panoptic_json" in files:
         data = read_json(files["panoptic_json"])
         present = _existing(files["panoptic_root"], data.get("annotations"))
@@ -80,7 +90,7 @@ def check_annotations(
             odd = [c for c in data["categories"] if bool(c["isthing"]) != (c["id"] in things)]
             refused += [f"{files['panoptic_json']}: not of its things: {odd[0]}"] if odd else []
         if not refused and "sem_seg_root" in files:  # else prepare_panoptic.py reads them all
-            refused += _odd_png(files["panoptic_root"], data)
+            refused += _odd_png(files, data)
         if "sem_seg_root" in files:
             wanted = {a["file_name"] for a in data["annotations"]}
             missing = wanted.difference(_existing(files["sem_seg_root"], data["annotations"]) or ())
@@ -97,15 +107,19 @@ def check_annotations(
         )
 
 
-def _odd_png(folder: str, data: Json) -> list[str]:
-    """What is wrong with one of the first PNGs: those of other annotations are scored as 0."""
-    labels = semantic_labels(data["categories"])
-    for annotation in data["annotations"][:CHECKED_PNGS]:
-        path = os.path.join(folder, annotation["file_name"])
+def _odd_png(files: Mapping[str, str], data: Json) -> list[str]:
+    """What is wrong with one of a few PNGs: those of other annotations would be scored as 0."""
+    labels, annotations = semantic_labels(data["categories"]), data["annotations"]
+    for annotation in annotations[:: max(len(annotations) // CHECKED_PNGS, 1)]:
+        path = os.path.join(files["panoptic_root"], annotation["file_name"])
         try:
-            panoptic_to_semantic(read_ids(path), annotation["segments_info"], labels)
+            wanted = panoptic_to_semantic(read_ids(path), annotation["segments_info"], labels)
         except ValueError as e:
             return [f"{path}: {e}"]
+        path = os.path.join(files["sem_seg_root"], annotation["file_name"])
+        if os.path.exists(path) and not np.array_equal(np.asarray(read_image(path)), wanted):
+            remedy = _remedy("sem_seg_root", files["sem_seg_root"])
+            return [f"{path} is not what its panoptic PNG makes{remedy}"]
     return []
 
 

@@ -44,11 +44,18 @@ def read_ids(path: str | os.PathLike) -> np.ndarray:
 
 def read_image(path: str | os.PathLike) -> Image.Image:
     """The image in a file, turned upright, or a ValueError that names a file without one."""
+    check_is_file(path)
     try:
         with Image.open(path) as file:
             return ImageOps.exif_transpose(file)
     except (OSError, SyntaxError) as e:  # Pillow's for a broken PNG
         raise ValueError(f"{path}: not a readable image ({e})") from e
+
+
+def check_is_file(path: str | os.PathLike) -> None:
+    """ValueError unless it is one: reading from a pipe would wait for ever."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} {'is not a file' if os.path.exists(path) else 'does not exist'}")
 
 
 def check_depth(image: Image.Image, path: str) -> None:
@@ -66,17 +73,20 @@ def check_size(image: Image.Image, path: str, entry: Json) -> None:
         )
 
 
-def check_labels(labels: Image.Image, path: str, classes: int, ignored: int = IGNORE_LABEL) -> None:
-    """ValueError for semantic labels on which no model of so many classes can be trained."""
+def check_labels(
+    labels: Image.Image, path: str, classes: int, *, training: bool, ignored: int = IGNORE_LABEL
+) -> None:
+    """ValueError for semantic labels on which no model of so many classes can be trained, or scored
+    if it is not for ``training``."""
     if labels.mode != "L":
         raise ValueError(f"{path}: semantic labels must be 8-bit gray, got {labels.mode!r}")
     found = [label for label, count in enumerate(labels.histogram()) if count and label != ignored]
-    if not found:
+    if not found and training:
         raise ValueError(
             f"{path}: every pixel is void ({ignored}), and a batch of such has a loss of nan; "
             f"leave the image out"
         )
-    if found[-1] >= classes:
+    if found and found[-1] >= classes:
         raise ValueError(f"{path}: has label {found[-1]}, but the model has {classes} classes")
 
 
@@ -120,8 +130,8 @@ def prepare_semantic(
 ) -> int:
     """Write the semantic PNG of every annotation of ``panoptic_json``, in parallel.
 
-    Files that exist are kept, and a file appears only when it is complete, so that an interrupted
-    run can be repeated.
+    Files that are newer than what they are made of are kept, and a file appears only when it is
+    complete, so that an interrupted run can be repeated.
 
     Returns:
         The number of files written.
@@ -155,10 +165,18 @@ def prepare_semantic(
         os.replace(part, path)
         return None
 
+    def up_to_date(name: str) -> bool:
+        try:
+            made, source = (os.stat(Path(folder, name)) for folder in (semantic_dir, panoptic_dir))
+        except OSError:
+            return False
+        return made.st_size > 0 and made.st_mtime >= max(source.st_mtime, written)
+
     with FileLock(semantic_dir.with_name(f".{semantic_dir.name}.lock")):
         for part in semantic_dir.rglob(".*.part"):  # of a run that was killed
             part.unlink()
-        todo = [a for a in data["annotations"] if not _is_there(semantic_dir / a["file_name"])]
+        written = os.stat(panoptic_json).st_mtime
+        todo = [a for a in data["annotations"] if not up_to_date(a["file_name"])]
         # Threads: decoding PNGs and sorting ids, where the time goes, both release the GIL.
         workers = workers or os.cpu_count()
         results = thread_map(
@@ -171,10 +189,6 @@ def prepare_semantic(
             f"usable, first: {'; '.join(problems[:3])}"
         )
     return len(todo)
-
-
-def _is_there(path: Path) -> bool:
-    return path.exists() and path.stat().st_size > 0
 
 
 def panoptic_quality(
@@ -214,6 +228,7 @@ def panoptic_quality(
 
 def read_json(path: str | os.PathLike) -> Json:
     """The content of a JSON file, or a ValueError that names it if it is missing or malformed."""
+    check_is_file(path)
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:

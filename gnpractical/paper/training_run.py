@@ -63,8 +63,8 @@ def train_once(
         )
     if result.exists():
         try:
-            return json.loads(result.read_text())
-        except ValueError:
+            return _checked(json.loads(result.read_text()))
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(
                 f"{result} is damaged: remove it, and the run's scores are read again"
             ) from None
@@ -91,6 +91,15 @@ def train_once(
     measured["peak_memory_mib"] = int(memory[-1]) if memory else usage.ru_maxrss // 1024
     write_text(result, json.dumps(measured, indent=1))
     return measured
+
+
+def _checked(result: dict[str, Any]) -> dict[str, Any]:
+    """A result, or the error of what it lacks."""
+    numbers = [result["seconds_per_step"], result["peak_memory_mib"], *result["scores"].values()]
+    numbers += [value for pair in result["losses"] for value in pair]
+    if not result["losses"] or not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError("without losses, or of no numbers")
+    return result
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:

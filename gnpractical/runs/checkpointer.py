@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ from torch import nn
 from gnpractical.measure.layer_report import group_report
 from gnpractical.runs.array_pickle import load_arrays
 from gnpractical.runs.carry_over import OtherNorms, statistics_left
-from gnpractical.runs.file_weights import check_weights, unwrapped
+from gnpractical.runs.classes import CLASSES_KEY, Classes, describe_other_classes
+from gnpractical.runs.file_weights import read_checked, torch_load, unwrapped
 from gnpractical.runs.group_record import (
     RECORD_KEY,
     GroupMismatch,
     GroupRecord,
-    check_record,
     describe_mismatch,
     differing_norms,
     group_record,
@@ -29,16 +28,18 @@ from gnpractical.runs.group_record import (
     take_recorded,
 )
 from gnpractical.runs.output_dir import write_atomically, write_text
-from gnpractical.runs.pretrained import PretrainedResNet, place, recognize
+from gnpractical.runs.pretrained import PretrainedResNet, place, recognize, strides_in_1x1
 from gnpractical.runs.resnet_names import of_detectors
 
 logger = logging.getLogger(__name__)
+
+_STRIDES_KEY = "gnp_stride_in_1x1"
 
 
 class GroupCheckpointer(Checkpointer):
     """fvcore's checkpointer, and
 
-    * a record of the group counts in every file it writes, compared on loading;
+    * a record of the group counts, classes and strides in every file, compared on loading;
     * files that appear complete or not at all, and only with finite weights;
     * weights of ResNets as others published them (see ``pretrained``), for the backbone;
     * nothing executed from a file.
@@ -50,6 +51,8 @@ class GroupCheckpointer(Checkpointer):
             images, than the model's: "error", "warn" or "ignore".
         match: other norms in the file that training begins with are no mismatch, since they
             will be matched.
+        classes: what the model predicts, if it is known. A run that goes on, or is evaluated, must
+            have those of its checkpoint.
 
     Attributes:
         other_norms (OtherNorms): those of the file that training begins with.
@@ -62,11 +65,13 @@ class GroupCheckpointer(Checkpointer):
         *,
         mismatch: str = "error",
         match: bool = False,
+        classes: Classes | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, save_dir, **kwargs)
         self.other_norms = OtherNorms()
         self._mismatch = mismatch
+        self._classes = classes or {}
         self._match, self._begins = match, False
         self._loading = ""
 
@@ -80,6 +85,10 @@ class GroupCheckpointer(Checkpointer):
 
     def prepared(self, resnet: PretrainedResNet) -> tuple[PretrainedResNet, list[str]]:
         """The weights for the images that this model takes, and what to change to match them."""
+        raise NotImplementedError
+
+    def stride_advice(self, in_1x1: bool) -> str:
+        """What to change so that bottlenecks stride in their 1x1 convolution, or do not."""
         raise NotImplementedError
 
     whole_model_advice = ""  # what to do when a file lacks a part of the model
@@ -103,6 +112,7 @@ class GroupCheckpointer(Checkpointer):
                 f"{self.last_good()}"
             )
         data = {"model": self.model.state_dict(), RECORD_KEY: group_record(self.model)}
+        data |= {CLASSES_KEY: self._classes, _STRIDES_KEY: strides_in_1x1(self.model)}
         data |= {key: obj.state_dict() for key, obj in self.checkpointables.items()}
         data |= kwargs
         path = Path(self.save_dir, f"{name}.pth")
@@ -118,6 +128,13 @@ class GroupCheckpointer(Checkpointer):
         if self.has_checkpoint():
             return f"The last good checkpoint is {self.get_checkpoint_file()}."
         return f"There is no checkpoint in {self.save_dir} yet."
+
+    def get_checkpoint_file(self) -> str:
+        try:
+            return super().get_checkpoint_file()
+        except (OSError, ValueError) as e:
+            path = Path(self.save_dir, "last_checkpoint")
+            raise ValueError(f"{path} does not hold the name of a file: {e}") from e
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """As the base class's.
@@ -148,23 +165,7 @@ class GroupCheckpointer(Checkpointer):
         return super().resume_or_load(path, resume=False)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        try:
-            loaded = self._read(filename)
-            weights = loaded["model"]
-            check_weights(weights)
-            check_record(loaded.get(RECORD_KEY, {}))
-            iteration = loaded.get("iteration", 0)
-            if RECORD_KEY in loaded and not (isinstance(iteration, int) and iteration >= 0):
-                raise TypeError(f"its iteration must be a number from 0 on, got {iteration!r}")
-        except Exception as e:  # a damaged file can fail in any way
-            reason = " ".join(str(e).split())[:300]
-            if "weights_only" in reason:  # PyTorch advises to run its code
-                reason = "it is no file of tensors and plain data that torch.save wrote"
-            raise ValueError(
-                f"{filename} is no checkpoint that can be loaded: it is missing, truncated, no "
-                f"checkpoint, or would have to run code, which nothing here does. "
-                f"{type(e).__name__}: {reason}"
-            ) from e
+        loaded = read_checked(filename, self._read)
         return self._published(loaded) or loaded
 
     def _read(self, filename: str) -> dict[str, Any]:
@@ -175,7 +176,7 @@ class GroupCheckpointer(Checkpointer):
         elif filename.endswith(".safetensors"):
             loaded = load_file(filename)
         else:
-            loaded = self._torch_load(filename)
+            loaded = torch_load(filename)
         if "model" not in loaded:
             loaded = {"model": loaded.get("state_dict", loaded)}
         return loaded | {"model": unwrapped(loaded["model"])}
@@ -218,15 +219,6 @@ class GroupCheckpointer(Checkpointer):
         )
         return {"model": tensors, RECORD_KEY: record}
 
-    def _torch_load(self, f: str) -> Any:
-        loaded = torch.load(f, map_location="cpu", weights_only=True)
-        # torch.save writes checksums, and torch.load does not look at them.
-        if isinstance(loaded, dict) and RECORD_KEY in loaded and zipfile.is_zipfile(f):
-            with zipfile.ZipFile(f) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"the checksum of its part {damaged} is wrong")
-        return loaded
-
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         weights = checkpoint["model"]
         record = checkpoint.pop(RECORD_KEY, None) or record_of_batch_norms(self.model, weights)
@@ -241,6 +233,18 @@ class GroupCheckpointer(Checkpointer):
                 f"{describe_mismatch(self._loading, self.model, record, differing)} "
                 f"{self.advice(differing, record)}."
             )
+        strides, own = checkpoint.pop(_STRIDES_KEY, None), strides_in_1x1(self.model)
+        if None not in (strides, own) and strides != own:
+            self._complain(
+                f"{self._loading} was trained with other strides. To match it: "
+                f"{self.stride_advice(strides)}."
+            )
+        odd_class = describe_other_classes(self._classes, checkpoint.pop(CLASSES_KEY, {}))
+        if self._needs_all and odd_class:
+            self._complain(
+                f"{self._loading} predicts other classes than the data set has: {odd_class}. "
+                f"{self.whole_model_advice}"
+            )
         for name in statistics_left(self.model, weights):
             del weights[name]
         incompatible = super()._load_model(checkpoint)
@@ -251,6 +255,12 @@ class GroupCheckpointer(Checkpointer):
             raise ValueError(
                 f"{self._loading}: none of the model's {len(parameters)} parameters is in this "
                 f"file; it belongs to another model."
+            )
+        count = len(weights)
+        used = count - len(incompatible.unexpected_keys) - len(incompatible.incorrect_shapes)
+        if 2 * used < count:
+            self._complain(
+                f"{self._loading}: only {used} of its {count} tensors are of this model."
             )
         odd = [*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)]
         if self._needs_all and odd:

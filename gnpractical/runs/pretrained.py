@@ -150,6 +150,17 @@ def recognize(weights: Mapping[str, Any], record: GroupRecord) -> PretrainedResN
         found = {name: own[f"{name}.weight"] for name in norms}
     else:
         found = dict.fromkeys(norms, _published_norm(names, tensors))
+    lacking = [
+        f"{name}.{end}"
+        for name, entry in found.items()
+        for end in ("running_mean", "running_var")
+        if entry["norm"] in ("BatchNorm2d", "SyncBatchNorm") and f"{name}.{end}" not in tensors
+    ]
+    if lacking:
+        raise ValueError(
+            f"it holds a ResNet whose BatchNorms lack {len(lacking)} of their statistics, first "
+            f"{lacking[0]}"
+        )
     folded = any(e["norm"] == "FrozenBatchNorm2d" for e in found.values())
     other = tuple(key for key in weights if key not in names)
     resnet = PretrainedResNet(tensors, found, other, False, False, _MEAN, _STD)
@@ -232,9 +243,10 @@ def strides_in_1x1(model: nn.Module) -> bool | None:
 
 def _published_norm(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the norms of a file without a record are, by its keys."""
-    if "bn1.running_mean" in tensors and not _is_neutral(tensors):
+    has_statistics = any(name.endswith(("running_mean", "running_var")) for name in tensors)
+    if has_statistics and not _is_neutral(tensors):
         return {"num_groups": None, "norm": "BatchNorm2d", "weight_standardized": False}
-    if "bn1.running_mean" in tensors or any("_bn_" in key for key in names):
+    if has_statistics or any("_bn_" in key for key in names):
         return {"num_groups": None, "norm": "FrozenBatchNorm2d", "weight_standardized": False}
     # All that are published have 32.
     entry = {"num_groups": 32, "norm": "GN", "assumed": True}
@@ -242,7 +254,9 @@ def _published_norm(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> 
 
 
 def _is_neutral(tensors: Mapping[str, Tensor]) -> bool:
-    mean, variance = tensors["bn1.running_mean"], tensors["bn1.running_var"]
+    mean, variance = (tensors.get(f"bn1.running_{kind}") for kind in ("mean", "var"))
+    if mean is None or variance is None:
+        return False
     return bool((mean == 0).all() and torch.allclose(variance, variance.new_ones(()), atol=1e-4))
 
 

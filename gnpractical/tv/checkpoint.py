@@ -39,6 +39,9 @@ class TorchvisionCheckpointer(GroupCheckpointer):
             return f"weights of a plain ResNet of depth {depths}, 64 channels wide at first"
         return f"--depth {resnet.depth}"
 
+    def stride_advice(self, in_1x1: bool) -> str:
+        return f"--stride-in-1x1 {'given' if in_1x1 else 'left out'}"
+
     def prepared(self, resnet: PretrainedResNet) -> tuple[PretrainedResNet, list[str]]:
         resnet, changes = resnet.for_rgb(), []
         transform = self.model.transform
@@ -48,7 +51,7 @@ class TorchvisionCheckpointer(GroupCheckpointer):
             if not torch.allclose(own, other, rtol=0.02):
                 changes.append(f"image_{name}={[round(x, 3) for x in other.tolist()]}")
         if strides_in_1x1(self.model) not in (None, resnet.stride_in_1x1):
-            changes.append("--stride-in-1x1, on or off")
+            changes.append(self.stride_advice(resnet.stride_in_1x1))
         return resnet, changes
 
     def load_backbone(self, path: str) -> None:

@@ -82,6 +82,11 @@ class CocoImages(Dataset):
             ]
         )
 
+    @property
+    def classes(self) -> dict[str, dict[Any, str]]:
+        """As checkpoints record them."""
+        return {"things": self.things, "stuff": self.stuff}
+
     def __len__(self) -> int:
         return len(self._ends)
 
@@ -104,8 +109,8 @@ class CocoImages(Dataset):
             )
             path = os.path.join(self.files["sem_seg_root"], semantic)
             labels = _open(path, entry)
-            if self.coco is None:  # it is a training split
-                check_labels(labels, path, len(self.stuff) + 1)
+            training = self.coco is None
+            check_labels(labels, path, len(self.stuff) + 1, training=training)
             target["semantic"] = tv_tensors.Mask(np.array(labels))
         pixels = np.array(image.convert("RGB")).transpose(2, 0, 1)
         return self._transform(tv_tensors.Image(pixels), target)

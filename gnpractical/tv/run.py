@@ -84,7 +84,7 @@ def run(options: RunOptions) -> None:
     torch.manual_seed(options.seed)
     model = build(options, len(val.things), len(val.stuff or ())).to(device)
     if options.test_only:
-        iteration = _load(model, options)
+        iteration = _load(model, options, val)
     else:
         kept = options.iterations // options.checkpoint_period + 1
         check_disk_space(options.output_dir, model, kept, "--output-dir")
@@ -163,10 +163,13 @@ def build(options: RunOptions, num_things: int, num_stuff: int) -> nn.Module:
     return panoptic_fpn_resnet(num_things=num_things, num_stuff=num_stuff, **arguments)
 
 
-def _load(model: nn.Module, options: RunOptions) -> int:
+def _load(model: nn.Module, options: RunOptions, dataset: CocoImages) -> int:
     """Load what is to be evaluated, and return the iteration at which it was saved."""
     checkpointer = TorchvisionCheckpointer(
-        model, options.output_dir, mismatch=options.checkpoint_mismatch
+        model,
+        options.output_dir,
+        mismatch=options.checkpoint_mismatch,
+        classes=dataset.classes,
     )
     path = options.weights or checkpointer.get_checkpoint_file()
     if not path:

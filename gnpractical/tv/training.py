@@ -108,6 +108,7 @@ def train(
         output_dir,
         mismatch=mismatch,
         match=recipe.match_batches > 0,
+        classes=dataset.classes,
         save_to_disk=rank() == 0,
         optimizer=optimizer,
         **({"scaler": scaler} if scaler.is_enabled() else {}),

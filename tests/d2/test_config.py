@@ -186,6 +186,11 @@ def test_unknown_norm_names_the_config_key(tmp_path):
         (["SOLVER.CHECKPOINT_PERIOD", "-5"], "SOLVER.CHECKPOINT_PERIOD must be at least 1"),
         (["SOLVER.BASE_LR", "nan"], "SOLVER.BASE_LR"),
         (["MODEL.GNP.STOP_AT", "-1"], "MODEL.GNP.STOP_AT must be at least 0, got -1"),
+        (["INPUT.MIN_SIZE_TRAIN", "()"], "INPUT.MIN_SIZE_TRAIN must be at least 1, got ()"),
+        (["INPUT.MIN_SIZE_TEST", "-5"], "INPUT.MIN_SIZE_TEST must be at least 0, got -5"),
+        (["INPUT.MASK_FORMAT", "rle"], "must be one of polygon, bitmask; got 'rle'"),
+        (["MODEL.PIXEL_STD", "[1.0, 0.0, 1.0]"], "MODEL.PIXEL_STD must be at least"),
+        (["MODEL.PIXEL_STD", "[1.0]"], "must have a value for each channel"),
         (["MODEL.RESNETS.DEPTH", "51"], "DEPTH must be one of 18, 34, 50, 101, 152; got 51"),
     ],
 )

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from gnpractical.d2.datasets import register_shapes
 from gnpractical.d2.mapper import CheckedMapper
 from gnpractical.d2.preflight import check_datasets
+from gnpractical.datasets.panoptic import read_json
 
 NAME = "gnp_shapes_train"
 
@@ -109,6 +111,20 @@ def test_annotations_that_would_train_wrongly(tiny_cfg, own_copy, kind, change, 
     check_datasets(tiny_cfg("MODEL.GNP.CHECK_ANNOTATIONS", "False"), "TRAIN")
 
 
+def test_what_the_evaluator_needs(tiny_cfg, own_copy):
+    spoil(own_copy, "instances", lambda d: d["annotations"][0].pop("area"))
+    check_datasets(tiny_cfg("DATASETS.TEST", f"('{NAME}',)"), "TRAIN")
+    with pytest.raises(ValueError, match='instances_train.json: .* needs an "area"'):
+        check_datasets(tiny_cfg("DATASETS.TEST", f"('{NAME}',)"), "TEST")
+
+
+def test_semantic_pngs_of_other_annotations(tiny_cfg, own_copy):
+    path = max((own_copy / "panoptic_stuff_train").iterdir())
+    Image.new("L", (160, 120)).save(path)
+    text = message(tiny_cfg())
+    assert f"{path} is not what its panoptic PNG makes; run: python tools/prepare" in text
+
+
 def test_harmless_problems_are_logged(tiny_cfg, own_copy, caplog):
     def orphan(data):
         data["annotations"].append(data["annotations"][0] | {"id": 10**6, "image_id": 10**6})
@@ -124,15 +140,36 @@ def test_harmless_problems_are_logged(tiny_cfg, own_copy, caplog):
         ("file_name", Image.new("I;16", (160, 120)), "16 or 32 bits a pixel, 8 are required"),
         ("sem_seg_file_name", Image.new("I;16", (160, 120)), "16 or 32 bits a pixel"),
         ("sem_seg_file_name", Image.new("L", (160, 119)), "is 160x119 pixels, but 160x120"),
+        ("sem_seg_file_name", Image.new("L", (160, 120), 77), "has label 77, but the model has 5"),
     ],
 )
-def test_pictures_that_would_be_read_wrongly(tiny_cfg, own_copy, tmp_path, key, picture, message):
+@pytest.mark.parametrize("training", [True, False])
+def test_pictures_that_would_be_read_wrongly(
+    tiny_cfg, own_copy, tmp_path, key, picture, message, training
+):
     sample = DatasetCatalog.get(NAME)[0]
-    mapper = CheckedMapper(tiny_cfg(), is_train=True)
-    assert "sem_seg" in mapper(sample)
+    mapper = CheckedMapper(tiny_cfg(), is_train=training)
+    assert "image" in mapper(sample)
     picture.save(tmp_path / "odd.png")
     with pytest.raises(ValueError, match=rf"odd.png.*{message}"):
         mapper(sample | {key: str(tmp_path / "odd.png")})
+
+
+def test_labels_that_are_void_are_scored_but_not_trained_on(tiny_cfg, own_copy, tmp_path):
+    Image.new("L", (160, 120), 255).save(tmp_path / "void.png")
+    sample = DatasetCatalog.get(NAME)[0] | {"sem_seg_file_name": str(tmp_path / "void.png")}
+    CheckedMapper(tiny_cfg(), is_train=False)(sample)
+    with pytest.raises(ValueError, match="void.png: every pixel is void"):
+        CheckedMapper(tiny_cfg(), is_train=True)(sample)
+
+
+def test_a_pipe_is_no_picture(tiny_cfg, own_copy, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    sample = DatasetCatalog.get(NAME)[0] | {"file_name": str(tmp_path / "pipe.png")}
+    with pytest.raises(ValueError, match="pipe.png is not a file"):
+        CheckedMapper(tiny_cfg())(sample)
+    with pytest.raises(ValueError, match="pipe.png is not a file"):
+        read_json(tmp_path / "pipe.png")
 
 
 def test_a_picture_that_was_cut_off_is_named(tiny_cfg, own_copy):

@@ -1,4 +1,6 @@
 import json
+import os
+import time
 
 import numpy as np
 import pytest
@@ -46,6 +48,19 @@ def test_prepare_writes_all_and_resumes(tmp_path):
     (tmp_path / "out/1.png").unlink()
     assert prepare_semantic(json_path, folder, tmp_path / "out") == 1
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0.png", "1.png", "2.png"]
+
+
+def test_prepare_makes_anew_what_is_older_than_the_annotations(tmp_path):
+    json_path, folder = write(tmp_path, "gt", [(halves(1, 2), {1: (1, 0), 2: (92, 0)})] * 2)
+    assert prepare_semantic(json_path, folder, tmp_path / "out") == 2
+    later = time.time() + 10
+    os.utime(folder / "1.png", (later, later))
+    assert prepare_semantic(json_path, folder, tmp_path / "out") == 1
+    os.utime(folder / "1.png", (1, 1))
+    json_path.write_text(json_path.read_text().replace('"category_id": 92', '"category_id": 100'))
+    os.utime(json_path, (later, later))
+    assert prepare_semantic(json_path, folder, tmp_path / "out") == 2
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/0.png")), halves(0, 2))
 
 
 def test_prepare_makes_empty_files_again_and_refuses_other_sizes(tmp_path):

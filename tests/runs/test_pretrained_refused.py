@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 pytest.importorskip("torchvision", reason="torchvision is not installed")
-from helpers.resnet_files import randomized, small, write
+from helpers.resnet_files import SMALL, randomized, small, write
 from torchvision.models import resnet18, resnet50, resnext50_32x4d
 
 from gnpractical.runs.group_record import GroupMismatch
+from gnpractical.tv import fasterrcnn_resnet_fpn
 from gnpractical.tv.checkpoint import TorchvisionCheckpointer
 
 
@@ -36,6 +37,36 @@ def test_other_depths_and_structures_in_one_line(tmp_path):
         with pytest.raises(ValueError, match=message):
             TorchvisionCheckpointer(model).load_backbone(path)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("norm", ["BN", "GN_PRACTICAL"])
+@pytest.mark.parametrize("lost", ["layer1.0.bn1.running_var", "bn1.running_var", "running_mean"])
+def test_batch_norms_without_their_statistics(tmp_path, norm, lost):
+    weights = {k: v for k, v in randomized(resnet18()).state_dict().items() if not k.endswith(lost)}
+    path = write(tmp_path / "18.pth", weights)
+    with pytest.raises(ValueError, match="BatchNorms lack .* of their statistics, first .*running"):
+        TorchvisionCheckpointer(small(norm=norm), match=True).load_backbone(path)
+
+
+def test_other_strides_and_classes(tmp_path):
+    def model(**kwargs):
+        return fasterrcnn_resnet_fpn(depth=50, stages=2, **SMALL, **kwargs)
+
+    cats, dogs = {"things": {1: "cat", 2: "cow"}}, {"things": {5: "cat", 9: "dog"}}
+    TorchvisionCheckpointer(model(), str(tmp_path), classes=cats).save("a", iteration=3)
+    path = str(tmp_path / "a.pth")
+    with pytest.raises(GroupMismatch, match=r"a.pth .*other strides. .*--stride-in-1x1 left out"):
+        TorchvisionCheckpointer(model(stride_in_1x1=True)).load(path)
+    with pytest.raises(GroupMismatch, match="number 1 of its things is 'cow', and 'dog' in the da"):
+        TorchvisionCheckpointer(model(), classes=dogs).load_all(path)
+    TorchvisionCheckpointer(model(), classes=dogs).load(path, checkpointables=[])  # fine-tuning
+    assert TorchvisionCheckpointer(model(), classes=cats).load_all(path)["iteration"] == 3
+
+
+def test_a_last_checkpoint_that_is_no_text(tmp_path):
+    (tmp_path / "last_checkpoint").write_bytes(b"\xff\x00")
+    with pytest.raises(ValueError, match="last_checkpoint does not hold the name of a file"):
+        TorchvisionCheckpointer(small(), str(tmp_path)).resume_or_load("", resume=True)
 
 
 @pytest.mark.parametrize(

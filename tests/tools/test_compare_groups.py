@@ -68,9 +68,11 @@ def test_rows_are_trained_once_and_compared(environment, tmp_path, error_of):
     other = error_of("compare_groups.py", *args, "SOLVER.MAX_ITER", "3")
     assert "holds a run with another config" in other and "MAX_ITER: 3" in other
     damaged = tmp_path / "32/seed1/result.json"
-    damaged.write_text("{")
-    error = error_of("compare_groups.py", *args, "SOLVER.MAX_ITER", "2")
-    assert f"{damaged} is damaged" in error
+    sound = json.loads(damaged.read_text())
+    for text in ("{", "[]", json.dumps(sound | {"losses": []}), json.dumps(sound | {"scores": 5})):
+        damaged.write_text(text)
+        error = error_of("compare_groups.py", *args, "SOLVER.MAX_ITER", "2")
+        assert f"{damaged} is damaged" in error
 
 
 @needs_detectron2

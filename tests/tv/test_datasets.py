@@ -118,7 +118,7 @@ def test_images_of_other_kinds(own_copy):
         (lambda path: Image.new("I;16", (160, 120)).save(path, format="PNG"), "8 are required"),
         (lambda path: Image.new("L", (120, 160)).save(path), "120x160 pixels, but 160x120 in the"),
         (lambda path: path.write_bytes(path.read_bytes()[:500]), "not a readable image"),
-        (lambda path: path.unlink(), "not a readable image"),
+        (lambda path: path.unlink(), "does not exist"),
     ],
 )
 def test_images_that_cannot_be_used_are_named(own_copy, change, message):
