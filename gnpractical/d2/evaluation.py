@@ -23,8 +23,14 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 
+from gnpractical.d2.checkpoint import classes_of
+from gnpractical.datasets.panoptic import Json
 from gnpractical.datasets.panoptic_evaluation import evaluate_panoptic, panoptic_prediction
-from gnpractical.datasets.pictures import PictureGrid, draw_boxes, draw_segments
+from gnpractical.datasets.pictures import PictureGrid
+from gnpractical.datasets.predictions import Prediction, coco_instances, draw
+from gnpractical.runs.classes import Classes
+
+MIN_SCORE = 0.5  # of what is drawn
 
 _EVALUATORS = {
     "cityscapes_instance": CityscapesInstanceEvaluator,
@@ -124,7 +130,7 @@ class PredictionGrid(DatasetEvaluator):
     """Draws the first images of a data set, each beside what the model predicts, into one PNG."""
 
     def __init__(self, dataset_name: str, path: str, num_images: int = 12) -> None:
-        self._metadata = MetadataCatalog.get(dataset_name)
+        self._dataset = dataset_name
         self._path, self._num_images = path, num_images
         self.reset()
 
@@ -135,32 +141,35 @@ class PredictionGrid(DatasetEvaluator):
         for input, output in zip(inputs, outputs, strict=True):
             if comm.is_main_process() and not self._grid.full:
                 image = read_image(input["file_name"], "RGB")
-                self._grid.add(image, self._draw(image, output))
-
-    def _draw(self, image: np.ndarray, output: dict) -> np.ndarray:
-        things, stuff = self._metadata.get("thing_classes", []), self._metadata.get("stuff_classes")
-        if "panoptic_seg" in output and output["panoptic_seg"][1] is not None:
-            ids, segments = output["panoptic_seg"]
-            rows = [
-                (s["id"], s["category_id"], things[s["category_id"]])
-                if s["isthing"]
-                else (s["id"], len(things) + s["category_id"], stuff[s["category_id"]])
-                for s in segments
-            ]
-            return draw_segments(image, ids.cpu().numpy(), rows)
-        if "instances" in output:
-            found = output["instances"].to("cpu")
-            return draw_boxes(
-                image,
-                found.pred_boxes.tensor.tolist(),
-                found.pred_classes.tolist(),
-                found.scores.tolist(),
-                things,
-            )
-        if "sem_seg" in output:
-            classes = output["sem_seg"].argmax(dim=0).cpu().numpy()
-            return draw_segments(image, classes, [(c, c, stuff[c]) for c in np.unique(classes)])
-        return image
+                # By now the data set is loaded, and its metadata complete.
+                classes = classes_of(self._dataset)
+                prediction = to_prediction(output, classes)
+                self._grid.add(image, draw(image, prediction, classes, MIN_SCORE))
 
     def evaluate(self) -> None:
         self._grid.save(self._path)
+
+
+def to_prediction(output: dict[str, Any], classes: Classes) -> Prediction:
+    """One image's output of a model, by the category ids of the data set that has ``classes``."""
+    things, stuff = list(classes["things"]), list(classes["stuff"])
+    instances: list[Json] = []
+    if "instances" in output:
+        found = output["instances"].to("cpu")
+        numbers = found.pred_classes.tolist()
+        masks = found.pred_masks.numpy() if found.has("pred_masks") else None
+        boxes, scores = found.pred_boxes.tensor.tolist(), found.scores.tolist()
+        instances = coco_instances(boxes, scores, [things[n] for n in numbers], masks)
+    if "panoptic_seg" in output and output["panoptic_seg"][1] is not None:
+        ids, segments = output["panoptic_seg"]
+        rows = [
+            s | {"category_id": (things if s["isthing"] else stuff)[s["category_id"]]}
+            for s in segments
+        ]
+        return Prediction(instances, ids.cpu().numpy(), rows)
+    if "sem_seg" in output and "instances" not in output:
+        labels = output["sem_seg"].argmax(dim=0).cpu().numpy()
+        found = [(int(n), stuff[n]) for n in np.unique(labels)]
+        rows = [{"id": n + 1, "category_id": id, "isthing": False} for n, id in found]
+        return Prediction([], labels + 1, rows)
+    return Prediction(instances)

@@ -48,7 +48,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     try:
         with Image.open(path) as file:
             return ImageOps.exif_transpose(file)
-    except (OSError, SyntaxError) as e:  # Pillow's for a broken PNG
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow's
         raise ValueError(f"{path}: not a readable image ({e})") from e
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
@@ -47,22 +47,27 @@ def draw_segments(
 def draw_boxes(
     image: np.ndarray,
     boxes: Sequence[Sequence[float]],
-    classes: Sequence[int],
-    scores: Sequence[float],
-    names: Sequence[str] | Mapping[int, str],
+    numbers: Sequence[int],
+    labels: Sequence[str],
+    masks: Sequence[np.ndarray] = (),
 ) -> np.ndarray:
-    """``image`` with the boxes (x0, y0, x1, y1 in pixels) that score more than 0.5.
+    """``image`` with boxes (x0, y0, x1, y1 in pixels), and masks if there are any.
 
-    ``names`` holds the names of the ``classes``.
+    Args:
+        numbers: That of the colour of each.
+        labels: What to write at each.
+        masks: (H, W) bool or 0 and 1 for each box, or none.
     """
-    picture = Image.fromarray(image)
-    draw = ImageDraw.Draw(picture)
-    labels = []
-    for box, number, score in zip(boxes, classes, scores, strict=True):
-        if score > 0.5:
-            draw.rectangle([float(v) for v in box], outline=color_of(number), width=2)
-            labels.append((float(box[0]), float(box[1]), f"{names[number]} {score:.2f}"))
-    return _write(picture, labels)
+    out = image.astype(float)
+    for mask, number in zip(masks, numbers, strict=False):
+        inside = mask.astype(bool)
+        out[inside] = 0.5 * out[inside] + 0.5 * np.array(color_of(number))
+    picture = Image.fromarray(out.astype(np.uint8))
+    canvas = ImageDraw.Draw(picture)
+    for box, number in zip(boxes, numbers, strict=True):
+        canvas.rectangle([float(v) for v in box], outline=color_of(number), width=_line(picture))
+    places = [(float(box[0]), float(box[1])) for box in boxes]
+    return _write(picture, [(*at, label) for at, label in zip(places, labels, strict=True)])
 
 
 class PictureGrid:
@@ -94,8 +99,13 @@ class PictureGrid:
         logger.info("Predictions, each beside its image: %s", path)
 
 
+def _line(picture: Image.Image) -> int:
+    return max(2, min(picture.size) // 250)
+
+
 def _write(picture: Image.Image, labels: Sequence[tuple[float, float, str]]) -> np.ndarray:
-    draw = ImageDraw.Draw(picture)
+    canvas, size = ImageDraw.Draw(picture), max(9, min(picture.size) // 40)
+    style = {"fill": "white", "stroke_width": max(1, size // 10), "stroke_fill": "black"}
     for x, y, text in labels:
-        draw.text((x, y), text, fill="white", stroke_width=1, stroke_fill="black", font_size=9)
+        canvas.text((x, y), text, font_size=size, **style)
     return np.asarray(picture)

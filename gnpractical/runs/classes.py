@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from itertools import zip_longest
 from typing import Any
+
+import torch
+
+from gnpractical.runs.errors import first_line
 
 CLASSES_KEY = "gnp_classes"
 
 # The names of its "things" and its "stuff" by the data set's category ids, in the model's order.
 Classes = Mapping[str, Mapping[Any, str]]
+
+
+def classes_in(path: str | os.PathLike) -> Classes:
+    """The classes that the checkpoint at ``path`` records, {} if none.
+
+    Raises:
+        ValueError: It is no checkpoint of plain data. The message names it.
+    """
+    try:  # without reading its tensors
+        classes = torch.load(path, "cpu", weights_only=True, mmap=True).get(CLASSES_KEY, {})
+        check_classes(classes)
+    except Exception as e:  # a damaged file can fail in any way
+        raise ValueError(f"{path} is no checkpoint that this project wrote: {first_line(e)}") from e
+    return classes
 
 
 def check_classes(classes: Classes) -> None:

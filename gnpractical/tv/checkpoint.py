@@ -6,7 +6,9 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from gnpractical.measure.calibration import measured_norms
 from gnpractical.runs.checkpointer import GroupCheckpointer
 from gnpractical.runs.group_record import GroupRecord
 from gnpractical.runs.pretrained import PretrainedResNet, strides_in_1x1
@@ -15,6 +17,14 @@ from gnpractical.tv.distributed import all_gather
 logger = logging.getLogger(__name__)
 
 DEPTHS = (18, 34, 50, 101)  # of the ResNets that the builders know
+
+
+def require_measured(model: nn.Module, path: str) -> None:
+    """ValueError if GN_MEASURED norms got no counts from the file at ``path``."""
+    if any(norm.num_groups is None for norm in measured_norms(model).values()):
+        raise ValueError(
+            f"{path} has no measured group counts: it was not trained with --norm GN_MEASURED"
+        )
 
 
 class TorchvisionCheckpointer(GroupCheckpointer):

@@ -11,21 +11,23 @@ import math
 import os
 from typing import Any
 
-import numpy as np
-import pycocotools.mask as coco_mask
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from gnpractical.datasets.panoptic_evaluation import evaluate_panoptic, panoptic_prediction
-from gnpractical.datasets.pictures import PictureGrid, draw_boxes, draw_segments
+from gnpractical.datasets.pictures import PictureGrid
+from gnpractical.datasets.predictions import Prediction, coco_instances, draw
+from gnpractical.runs.classes import Classes
 from gnpractical.tv.datasets import CocoImages
 from gnpractical.tv.distributed import all_gather, rank, world_size
 
 logger = logging.getLogger(__name__)
+
+MIN_SCORE = 0.5  # of what is drawn
 
 
 @torch.inference_mode()
@@ -51,14 +53,13 @@ def evaluate(
     loader = DataLoader(share, None, num_workers=workers)
     for image, target in tqdm(loader, desc="evaluation", leave=False, disable=None):
         (result,) = model([image.to(device)])
-        result = _with_category_ids(result, dataset)
-        instances += _instances(result, target["image_id"])
-        if dataset.panoptic:
-            ids, segments = result["panoptic_ids"].numpy(), result["segments"]
-            panoptic.append(panoptic_prediction(target["image_id"], ids, segments))
+        prediction, image_id = to_prediction(result, dataset.classes), target["image_id"]
+        instances += [{"image_id": image_id} | entry for entry in prediction.instances]
+        if prediction.ids is not None:
+            panoptic.append(panoptic_prediction(image_id, prediction.ids, prediction.segments))
         if rank() == 0 and not grid.full:
             picture = (255 * image).round().byte().permute(1, 2, 0).numpy()
-            grid.add(picture, _draw(picture, result, dataset.things | dataset.stuff))
+            grid.add(picture, draw(picture, prediction, dataset.classes, MIN_SCORE))
     instances = list(itertools.chain(*all_gather(instances)))
     panoptic = list(itertools.chain(*all_gather(panoptic)))
     if rank():
@@ -76,36 +77,27 @@ def evaluate(
     return scores
 
 
-def _with_category_ids(result: dict[str, Any], dataset: CocoImages) -> dict[str, Any]:
-    """A model's result on the CPU, with the data set's category ids in place of its labels."""
-    things, stuff = list(dataset.things), list(dataset.stuff)
-    if "masks" in result:
-        result["masks"] = result["masks"][:, 0] > 0.5  # a quarter of the bytes to move
-    result = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in result.items()}
-    result["category_ids"] = [things[label - 1] for label in result.pop("labels").tolist()]
-    result["segments"] = [
-        {"id": s["id"], "category_id": (things if s["isthing"] else stuff)[s["label"] - 1]}
-        for s in result.get("segments", [])
-    ]
-    return result
-
-
-def _instances(result: dict[str, Any], image_id: int) -> list[dict]:
-    """The instances in COCO's format of results."""
-    entries = []
-    for i, (x0, y0, x1, y1) in enumerate(result["boxes"].tolist()):
-        entry = {
-            "image_id": image_id,
-            "category_id": result["category_ids"][i],
-            "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "score": float(result["scores"][i]),
+def to_prediction(result: dict[str, Any], classes: Classes) -> Prediction:
+    """One image's result of a model, by the category ids of the data set that has ``classes``."""
+    things, stuff = list(classes["things"]), list(classes["stuff"])
+    masks = result.get("masks")
+    if masks is not None:
+        masks = (masks[:, 0] > 0.5).cpu().numpy()  # a quarter of the bytes to move
+    category_ids = [things[label - 1] for label in result["labels"].tolist()]
+    instances = coco_instances(
+        result["boxes"].tolist(), result["scores"].tolist(), category_ids, masks
+    )
+    if "segments" not in result:
+        return Prediction(instances)
+    segments = [
+        {
+            "id": s["id"],
+            "category_id": (things if s["isthing"] else stuff)[s["label"] - 1],
+            "isthing": s["isthing"],
         }
-        if "masks" in result:
-            mask = result["masks"][i].numpy().astype(np.uint8)
-            rle = coco_mask.encode(np.asfortranarray(mask))
-            entry["segmentation"] = rle | {"counts": rle["counts"].decode("ascii")}
-        entries.append(entry)
-    return entries
+        for s in result["segments"]
+    ]
+    return Prediction(instances, result["panoptic_ids"].cpu().numpy(), segments)
 
 
 def _average_precision(dataset: CocoImages, results: list[dict], kind: str) -> dict[str, float]:
@@ -123,11 +115,3 @@ def _average_precision(dataset: CocoImages, results: list[dict], kind: str) -> d
     # COCO's -1: there is nothing to find.
     values = [100 * v if v >= 0 else math.nan for v in evaluation.stats[:3].tolist()]
     return dict(zip((f"{kind}/AP", f"{kind}/AP50", f"{kind}/AP75"), values, strict=True))
-
-
-def _draw(image: np.ndarray, result: dict[str, Any], names: dict[int, str]) -> np.ndarray:
-    if result["segments"]:
-        rows = [(s["id"], s["category_id"], names[s["category_id"]]) for s in result["segments"]]
-        return draw_segments(image, result["panoptic_ids"].numpy(), rows)
-    boxes, scores = result["boxes"].tolist(), result["scores"].tolist()
-    return draw_boxes(image, boxes, result["category_ids"], scores, names)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from gnpractical.datasets.coco_files import datasets_root
-from gnpractical.measure.calibration import measured_norms
 from gnpractical.runs.output_dir import (
     check_disk_space,
     check_output_dir,
     claim_output_dir,
     write_group_report,
+    write_text,
 )
+from gnpractical.runs.saved_run import OPTIONS_FILE
 from gnpractical.tv import distributed, fasterrcnn_resnet_fpn, panoptic_fpn_resnet, quick
-from gnpractical.tv.checkpoint import TorchvisionCheckpointer
+from gnpractical.tv.checkpoint import TorchvisionCheckpointer, require_measured
 from gnpractical.tv.datasets import CocoImages, check_categories, open_split
 from gnpractical.tv.evaluation import evaluate
 from gnpractical.tv.training import TrainingRecipe, train, write_scores
@@ -88,6 +91,8 @@ def run(options: RunOptions) -> None:
     else:
         kept = options.iterations // options.checkpoint_period + 1
         check_disk_space(options.output_dir, model, kept, "--output-dir")
+        if distributed.rank() == 0:
+            write_text(Path(options.output_dir, OPTIONS_FILE), json.dumps(vars(options), indent=1))
         train(
             model,
             train_split,
@@ -175,10 +180,7 @@ def _load(model: nn.Module, options: RunOptions, dataset: CocoImages) -> int:
     if not path:
         raise ValueError(f"--resume: there is no checkpoint in {options.output_dir!r}")
     iteration = checkpointer.load_all(path, checkpointables=[]).get("iteration", -1)
-    if any(norm.num_groups is None for norm in measured_norms(model).values()):
-        raise ValueError(
-            f"{path} has no measured group counts: it was not trained with --norm GN_MEASURED"
-        )
+    require_measured(model, path)
     if distributed.rank() == 0:
         write_group_report(model, options.output_dir)
     return iteration

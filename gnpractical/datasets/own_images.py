@@ -1,0 +1,87 @@
+"""A user's own pictures: which files are meant, as pixels, and where what is made of them goes."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from gnpractical.datasets.panoptic import read_image
+
+_MAX_RATIO = 200  # of the sides
+
+
+def find_images(inputs: Sequence[str], output: Path) -> list[Path]:
+    """The files that ``inputs`` mean, each once, sorted; none of what is below ``output``.
+
+    Args:
+        inputs: Files, folders (of which the pictures in them, by their suffix, are meant, in
+            subfolders too) and patterns such as ``photos/*.jpg``.
+
+    Raises:
+        ValueError: One of them means no file, or all files are below ``output``.
+    """
+    suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found: set[Path] = set()
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            files = [f for f in path.rglob("*") if f.suffix.lower() in suffixes and f.is_file()]
+            missing = f"--input {text!r}: there is no picture in this folder"
+        else:
+            files = [path] if path.is_file() else [Path(f) for f in glob.glob(text, recursive=True)]
+            files = [f for f in files if f.is_file()]
+            missing = (
+                f"--input {text!r}: there is no such file or folder, nor a file of this pattern"
+            )
+        if not files:
+            raise ValueError(missing)
+        found.update(Path(os.path.abspath(f)) for f in files)
+    outside = [path for path in found if Path(os.path.abspath(output)) not in path.parents]
+    if not outside:
+        raise ValueError(f"--output {str(output)!r} holds all of --input: take another folder")
+    return sorted(outside)
+
+
+def output_names(paths: Sequence[Path], suffix: str) -> list[str]:
+    """A name below an output folder for what is made of each of ``paths``, no name twice.
+
+    It is the path below the folder that all have in common, with ``suffix`` in place of its own, or
+    behind it where two files differ in theirs alone.
+    """
+    common = os.path.commonpath([path.parent for path in paths])
+    names = [path.relative_to(common) for path in paths]
+    count = Counter(name.with_suffix("") for name in names)
+    return [
+        f"{name.with_suffix('') if count[name.with_suffix('')] == 1 else name}{suffix}"
+        for name in names
+    ]
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    """Upright RGB pixels (H, W, 3) uint8 of a picture of any mode.
+
+    16-bit gray keeps its higher byte. Transparency is left out, as in training.
+
+    Raises:
+        ValueError: It is no picture, has more than 16 bits a pixel, or is very narrow. The message
+            names it.
+    """
+    image = read_image(path)
+    if max(image.size) > _MAX_RATIO * min(image.size):  # of which resizing may leave nothing
+        raise ValueError(f"{path}: {image.width}x{image.height} pixels, too narrow")
+    if image.mode.startswith("I"):  # Pillow reads 16-bit gray as 16 or 32 bits
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError(f"{path}: 32 bits a pixel, 8 or 16 are required; convert the picture")
+        if image.mode != "I" or pixels.max() > 255:
+            pixels = pixels >> 8
+        image = Image.fromarray(pixels.astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError(f"{path}: floating-point pixels, 8 or 16 bits are required; convert it")
+    return np.array(image.convert("RGB"))

@@ -1,0 +1,57 @@
+"""Finding what a training run left: a checkpoint, and the file that says what the model is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+OPTIONS_FILE = "options.json"  # of tools/train_torchvision.py
+CONFIG_FILE = "config.yaml"  # of Detectron2
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A checkpoint, and the options or the config of the run that wrote it.
+
+    Attributes:
+        weights: The checkpoint's path.
+        description: The path of ``options.json`` or ``config.yaml``.
+    """
+
+    weights: Path
+    description: Path
+
+    @property
+    def of_detectron2(self) -> bool:
+        return self.description.name == CONFIG_FILE
+
+
+def find_run(weights: str) -> SavedRun:
+    """The run that ``weights`` mean.
+
+    Args:
+        weights: A run's folder, whose last checkpoint is meant, or a checkpoint in it.
+
+    Raises:
+        ValueError: There is no checkpoint, or nothing that says what the model is.
+    """
+    path = Path(weights)
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        last = folder / "last_checkpoint"
+        if not last.is_file():
+            raise ValueError(f"--weights {weights!r}: there is no checkpoint in this folder")
+        try:
+            path = folder / last.read_text().strip()
+        except ValueError:
+            raise ValueError(f"{last} does not hold the name of a file") from None
+    if not path.is_file():
+        raise ValueError(f"--weights {weights!r}: {path} does not exist")
+    for name in (OPTIONS_FILE, CONFIG_FILE):
+        if (folder / name).is_file():
+            return SavedRun(path, folder / name)
+    raise ValueError(
+        f"--weights {weights!r}: {folder} has neither {OPTIONS_FILE}, which train_torchvision.py "
+        f"leaves, nor {CONFIG_FILE}, which train_net.py leaves: without them it is not known what "
+        f"the model is. Leave the checkpoint in its run's folder, or put the file beside it"
+    )

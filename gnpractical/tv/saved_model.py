@@ -1,0 +1,43 @@
+"""A model of ``tools/train_torchvision.py`` as its run left it, and its predictions."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+from torch import nn
+
+from gnpractical.datasets.predictions import Prediction
+from gnpractical.runs.classes import Classes, classes_in
+from gnpractical.runs.saved_run import SavedRun
+from gnpractical.tv.checkpoint import TorchvisionCheckpointer, require_measured
+from gnpractical.tv.evaluation import to_prediction
+from gnpractical.tv.run import RunOptions, build
+
+
+def load_model(run: SavedRun, device: str) -> tuple[nn.Module, Classes]:
+    """The model in evaluation mode, and its classes.
+
+    Raises:
+        ValueError: The checkpoint or the options are damaged, or do not belong together.
+    """
+    classes = classes_in(run.weights)
+    if not classes:
+        raise ValueError(f"{run.weights} does not record the classes of its model")
+    try:
+        options = RunOptions(**json.loads(run.description.read_text()))
+        model = build(options, len(classes["things"]), len(classes["stuff"])).to(device)
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{run.description} are not this script's options: {e}") from e
+    TorchvisionCheckpointer(model).load_all(str(run.weights), checkpointables=[])
+    require_measured(model, str(run.weights))
+    return model.eval(), classes
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, classes: Classes, pixels: np.ndarray) -> Prediction:
+    """What ``model`` predicts in an image of RGB pixels (H, W, 3) uint8."""
+    device = next(model.parameters()).device
+    image = torch.from_numpy(pixels).to(device).permute(2, 0, 1).float() / 255
+    return to_prediction(model([image])[0], classes)
