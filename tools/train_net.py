@@ -12,6 +12,7 @@ from detectron2.utils import comm
 
 from gnpractical.d2 import load_config
 from gnpractical.d2.launch import check_processes, launch
+from gnpractical.d2.own_data import folder_overrides, register_own, use_own_data
 from gnpractical.d2.trainer import Trainer, adapt_to_device
 from gnpractical.runs.errors import in_one_line
 from gnpractical.runs.output_dir import check_output_dir, claim_output_dir
@@ -19,9 +20,17 @@ from gnpractical.runs.output_dir import check_output_dir, claim_output_dir
 
 def read_config(args):
     cfg = load_config(args.config_file, args.opts, allow_unsafe=args.allow_unsafe_config)
+    if args.data:
+        panoptic = "Panoptic" in cfg.MODEL.META_ARCHITECTURE
+        cfg.merge_from_list(folder_overrides(args.data, panoptic=panoptic))
+    use_own_data(cfg, *own_splits(args))
     adapt_to_device(cfg)
     cfg.freeze()
     return cfg
+
+
+def own_splits(args):
+    return ("TEST",) if args.eval_only else ("TRAIN", "TEST")
 
 
 def main(args, cfg):
@@ -33,6 +42,7 @@ def run(args, cfg):
     if comm.is_main_process():
         claim_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     default_setup(cfg, args)
+    register_own(cfg, *own_splits(args))  # this may be another process
     if args.eval_only:
         results = Trainer.evaluate(cfg, resume=args.resume)
         if comm.is_main_process():
@@ -47,6 +57,8 @@ def parse_args():
     parser = default_argument_parser(epilog=__doc__)
     # Detectron2's default is one port a user, so that two runs on a machine collide.
     parser.set_defaults(dist_url="auto")
+    data_help = "your own data in COCO's layout: annotations/instances_{train,val}.json, train, val"
+    parser.add_argument("--data", metavar="DIR", help=data_help)
     parser.add_argument(
         "--allow-unsafe-config",
         action="store_true",

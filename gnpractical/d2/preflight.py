@@ -66,5 +66,7 @@ def check_datasets(cfg: CfgNode, *splits: str) -> None:
         remedy = "set MODEL.GNP.CHECK_ANNOTATIONS False"
         training = name in cfg.DATASETS.TRAIN
         ids = metadata.get("thing_dataset_id_to_contiguous_id")
-        scored = "TEST" in splits and name in cfg.DATASETS.TEST
-        check_annotations(name, files, remedy, training=training, things=ids, scored=scored)
+        needed = ["segmentation"] if cfg.MODEL.MASK_ON else []
+        if "TEST" in splits and name in cfg.DATASETS.TEST:  # by pycocotools, which asks for them
+            needed += ["area", "iscrowd"]
+        check_annotations(name, files, remedy, training=training, things=ids, needed=needed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,24 @@ from gnpractical.datasets.panoptic import (
 logger = logging.getLogger(__name__)
 
 CHECKED_PNGS = 20
+_AS_SCORED = "To be scored it must be given:"
+_NEEDED = {
+    "area": f"{_AS_SCORED} in pixels, that of the box where there is no mask",
+    "iscrowd": f"{_AS_SCORED} 0, or 1 for a crowd",
+    "segmentation": "A model with masks needs it; take one without, or MODEL.MASK_ON False",
+}
 ROOT_VARIABLE = "DETECTRON2_DATASETS"
 
 
 def datasets_root() -> str:
     """Where data sets are looked for, as by Detectron2: ``$DETECTRON2_DATASETS``, ``datasets``."""
     return os.path.expanduser(os.getenv(ROOT_VARIABLE, "datasets"))
+
+
+def split_name(folder: str, split: str) -> str:
+    """What the split "train" or "val" is called in ``folder``: with a year where COCO's are."""
+    of_coco = os.path.join(folder, "annotations", "instances_train2017.json")
+    return f"{split}2017" if os.path.exists(of_coco) else split
 
 
 def split_files(folder: str, split: str) -> dict[str, str]:
@@ -61,7 +73,7 @@ def check_annotations(
     *,
     training: bool = True,
     things: Container[int] | None = None,
-    scored: bool = False,
+    needed: Collection[str] = (),
 ) -> None:
     """Raise ValueError for annotations that would train wrongly; log the harmless problems.
 
@@ -69,7 +81,8 @@ def check_annotations(
         remedy: tells the user how to train on them all the same.
         training: whether there must be annotations, which COCO's test sets do not have.
         things: ids of the categories that a model takes for things, if they are known.
-        scored: whether pycocotools gets the file as it is, which then needs areas.
+        needed: what every instance must have that may be left out otherwise: "area", "iscrowd" and
+            "segmentation".
     """
     refused: list[str] = []
     if "json_file" in files:
@@ -77,11 +90,13 @@ def check_annotations(
         if training or "annotations" in data:
             present = _existing(files.get("image_root"), data.get("images"))
             refused += _refused(check_instances, files["json_file"], data, present)
-            if scored and not all({"area", "iscrowd"} <= a.keys() for a in data["annotations"]):
-                raise ValueError(
-                    f'{files["json_file"]}: to be scored, every annotation needs an "area" in '
-                    f'pixels, that of its box if it has no mask, and "iscrowd": 0 or 1'
-                )
+            for key in needed:
+                lacking = [a["id"] for a in data["annotations"] if not _has(a, key)]
+                if lacking:
+                    raise ValueError(
+                        f"{files['json_file']}: {len(lacking)} of {len(data['annotations'])} "
+                        f"annotations have no {key!r}, first {lacking[0]}. {_NEEDED[key]}"
+                    )
     if "panoptic_json" in files:
         data = read_json(files["panoptic_json"])
         present = _existing(files["panoptic_root"], data.get("annotations"))
@@ -121,6 +136,10 @@ def _odd_png(files: Mapping[str, str], data: Json) -> list[str]:
             remedy = _remedy("sem_seg_root", files["sem_seg_root"])
             return [f"{path} is not what its panoptic PNG makes{remedy}"]
     return []
+
+
+def _has(annotation: Json, key: str) -> bool:
+    return key in annotation and (key != "segmentation" or bool(annotation[key]))
 
 
 def _existing(root: str | None, entries: Any) -> list[str] | None:

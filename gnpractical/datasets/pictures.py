@@ -105,7 +105,7 @@ def _line(picture: Image.Image) -> int:
 
 def _write(picture: Image.Image, labels: Sequence[tuple[float, float, str]]) -> np.ndarray:
     canvas, size = ImageDraw.Draw(picture), max(9, min(picture.size) // 40)
-    style = {"fill": "white", "stroke_width": max(1, size // 10), "stroke_fill": "black"}
+    edge = max(1, size // 10)
     for x, y, text in labels:
-        canvas.text((x, y), text, font_size=size, **style)
+        canvas.text((x, y), text, "white", font_size=size, stroke_width=edge, stroke_fill="black")
     return np.asarray(picture)

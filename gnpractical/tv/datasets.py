@@ -19,7 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from gnpractical.datasets.annotations import to_rle
-from gnpractical.datasets.coco_files import check_annotations, check_files, split_files
+from gnpractical.datasets.coco_files import check_annotations, check_files, split_files, split_name
 from gnpractical.datasets.panoptic import (
     Json,
     check_depth,
@@ -152,12 +152,11 @@ def open_split(data_path: str, name: str, split: str, *, panoptic: bool, check: 
     folder = os.path.join(data_path, name)
     if name == FOLDER:
         make_shapes(data_path)  # several processes may: the first to finish wins
-    of_coco = os.path.join(folder, "annotations", "instances_train2017.json")
-    year = "2017" if name == "coco" or os.path.exists(of_coco) else ""
-    files = split_files(folder, split + year)
+    called = f"{split}2017" if name == "coco" else split_name(folder, split)
+    files = split_files(folder, called)
     if not panoptic:
         files = {key: files[key] for key in ("image_root", "json_file")}
-    title = f"{name} {split}{year}"
+    title = f"{name} {called}"
     check_files(title, files, data_path, "--data-path")
     if check and rank() == 0:
         remedy = "give --no-check-annotations"

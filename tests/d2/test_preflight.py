@@ -114,7 +114,7 @@ def test_annotations_that_would_train_wrongly(tiny_cfg, own_copy, kind, change, 
 def test_what_the_evaluator_needs(tiny_cfg, own_copy):
     spoil(own_copy, "instances", lambda d: d["annotations"][0].pop("area"))
     check_datasets(tiny_cfg("DATASETS.TEST", f"('{NAME}',)"), "TRAIN")
-    with pytest.raises(ValueError, match='instances_train.json: .* needs an "area"'):
+    with pytest.raises(ValueError, match="instances_train.json: 1 of .* have no 'area'"):
         check_datasets(tiny_cfg("DATASETS.TEST", f"('{NAME}',)"), "TEST")
 
 
