@@ -46,7 +46,7 @@ def register_own(cfg: CfgNode, *splits: str) -> list[str]:
             files = split_files(first, second)
         else:
             files = {"json_file": first, "image_root": second}
-        check_files(name, files, os.getcwd(), "the working directory")
+        check_files(name, files)
         _register(name, files)
     return names
 

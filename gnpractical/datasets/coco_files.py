@@ -53,17 +53,18 @@ def split_files(folder: str, split: str) -> dict[str, str]:
     }
 
 
-def check_files(name: str, files: Mapping[str, str], root: str, source: str) -> None:
+def check_files(name: str, files: Mapping[str, str], root: str = "", source: str = "") -> None:
     """Raise ValueError for one of a data set's ``split_files`` that does not exist.
 
-    ``root`` is where data sets are looked for, and ``source`` is the option that says so.
+    ``root`` is where data sets are looked for, if the name does not say it, and ``source`` is the
+    option that says so.
     """
     for key, path in files.items():
         if not os.path.exists(path):
-            raise ValueError(
-                f"Data set {name}: {key} {path!r} does not exist. Data sets are looked for in "
-                f"{root!r} ({source}){_remedy(key, path)}."
-            )
+            where = f". Data sets are looked for in {root!r} ({source})" if root else ""
+            layout = "; it must hold the data set's folder, in COCO's layout" if root else ""
+            remedy = _remedy(path) if key == "sem_seg_root" else layout
+            raise ValueError(f"Data set {name}: {key} {path!r} does not exist{where}{remedy}.")
 
 
 def check_annotations(
@@ -113,7 +114,7 @@ def check_annotations(
                 raise ValueError(
                     f"Data set {name}: {len(missing)} of {len(wanted)} semantic PNGs are not in "
                     f"{files['sem_seg_root']!r}, first {min(missing)}"
-                    f"{_remedy('sem_seg_root', files['sem_seg_root'])}."
+                    f"{_remedy(files['sem_seg_root'])}."
                 )
     if refused:
         raise ValueError(
@@ -133,7 +134,7 @@ def _odd_png(files: Mapping[str, str], data: Json) -> list[str]:
             return [f"{path}: {e}"]
         path = os.path.join(files["sem_seg_root"], annotation["file_name"])
         if os.path.exists(path) and not np.array_equal(np.asarray(read_image(path)), wanted):
-            remedy = _remedy("sem_seg_root", files["sem_seg_root"])
+            remedy = _remedy(files["sem_seg_root"])
             return [f"{path} is not what its panoptic PNG makes{remedy}"]
     return []
 
@@ -163,9 +164,7 @@ def _refused(check: Callable, path: str, data: Json, files: list[str] | None) ->
     return [f"{path}: {problem}" for problem in problems if problem.refuse]
 
 
-def _remedy(key: str, path: str) -> str:
-    if key != "sem_seg_root":
-        return "; it must hold the data set's folder, in COCO's layout"
-    folder, name = os.path.split(path)
+def _remedy(sem_seg_root: str) -> str:
+    folder, name = os.path.split(sem_seg_root)
     split = name.removeprefix("panoptic_stuff_")
     return f"; run: python tools/prepare_panoptic.py --root {folder} --splits {split}"

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,18 @@ def run(environment, *args, launcher=(sys.executable,), timeout=300):
 def iterations(out):
     with open(out / "metrics.json") as f:
         return [json.loads(line)["iteration"] for line in f]
+
+
+@pytest.mark.slow
+def test_a_folder_of_ones_own_in_two_processes(environment, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(Path(environment["DETECTRON2_DATASETS"], "gnp_shapes"), own)
+    out, empty = tmp_path / "out", environment | {"DETECTRON2_DATASETS": str(tmp_path / "none")}
+    options = [*TINY, "MODEL.ROI_HEADS.NUM_CLASSES", "80", "OUTPUT_DIR", str(out)]
+    done = run(empty, *CONFIG, "--data", str(own), "--num-gpus", "2", *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "MODEL.ROI_HEADS.NUM_CLASSES 4, " in done.stdout and "panoptic_seg PQ" in done.stdout
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow

@@ -1,0 +1,128 @@
+"""Predictions on one's own pictures, with runs of both trainers."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from helpers.forked_tool import ONE_STEP, forked
+from PIL import Image
+
+from gnpractical.datasets.panoptic import read_ids
+
+pytest.importorskip("torchvision", reason="torchvision is not installed")
+pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", params=["train_torchvision.py", "train_net.py"])
+def run_folder(request, places, tmp_path_factory):
+    """What a trainer leaves after an iteration and an evaluation."""
+    tool = request.param
+    if tool == "train_net.py":
+        pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    folder = tmp_path_factory.mktemp("run")
+    words = ONE_STEP[tool].format(**places, out=folder / "out").split()
+    code, text = forked(tool, words, places["data"], folder)
+    assert code == 0, text[-3000:]
+    return folder / "out"
+
+
+@pytest.fixture
+def predict(places, tmp_path):
+    """A function (weights, *inputs, options) -> exit code and what is printed."""
+
+    def run(weights, *inputs, options=()):
+        words = ["--weights", weights, "--input", *inputs, "--output", tmp_path / "out", *options]
+        return forked("predict.py", list(map(str, words)), places["data"], tmp_path)
+
+    return run
+
+
+def test_the_results_are_those_of_the_evaluation(run_folder, predict, places, tmp_path):
+    images = places["data"] / "gnp_shapes" / "val"
+    code, text = predict(run_folder, images, options=["--json", "--threshold", "0"])
+    assert code == 0, text
+    assert f"{tmp_path / 'out'}: 2 pictures with" in text
+    mine = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    wanted = json.loads((run_folder / "inference/coco_instances_results.json").read_text())
+    assert len(mine) == len(wanted) > 0
+    for a, b in zip(mine, wanted, strict=True):
+        assert a["category_id"] == b["category_id"] and a["segmentation"] == b["segmentation"]
+        assert a["file_name"].endswith(f"{b['image_id']:06d}.jpg")
+        np.testing.assert_allclose([*a["bbox"], a["score"]], [*b["bbox"], b["score"]], atol=1e-3)
+    data = json.loads((tmp_path / "out" / "panoptic_predictions.json").read_text())
+    assert [c["name"] for c in data["categories"] if c["isthing"]][:2] == ["disc", "box"]
+    for annotation in data["annotations"]:
+        ids = read_ids(tmp_path / "out" / "panoptic" / annotation["file_name"])
+        assert set(np.unique(ids)) - {0} == {s["id"] for s in annotation["segments_info"]}
+    for path in images.iterdir():
+        assert Image.open(tmp_path / "out" / path.name).size == (160, 120)
+
+
+def test_pictures_of_all_kinds(run_folder, predict, places, tmp_path):
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    image = Image.open(places["data"] / "gnp_shapes" / "val" / "000001.jpg")
+    for mode in ("L", "LA", "RGBA", "P", "1"):
+        image.convert(mode).save(folder / f"{mode}.png")
+    image.convert("CMYK").save(folder / "CMYK.jpg")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(folder / "16.png")
+    turned = image.rotate(90, expand=True)
+    exif = turned.getexif()
+    exif[274] = 6  # to be turned back by the reader
+    turned.save(folder / "exif.jpg", exif=exif)
+    image.save(folder / "sub" / "same.jpg")
+    image.save(folder / "same.jpg")
+    image.save(folder / "same.png")
+    (folder / "cut.jpg").write_bytes((folder / "same.jpg").read_bytes()[:700])
+    (folder / "text.jpg").write_text("no picture")
+    image.resize((500, 2)).save(folder / "thin.png")
+    Image.fromarray(np.zeros((9, 9), np.float32)).save(folder / "float.tiff")
+    code, text = predict(run_folder, folder)
+    assert code == 0, text
+    for name in ("cut.jpg", "text.jpg", "thin.png", "float.tiff"):
+        assert f"skipped: {folder / name}: " in text
+    assert "11 pictures with" in text and "4 files were skipped" in text
+    written = {
+        str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()
+    }
+    names = {"L", "LA", "RGBA", "P", "1", "CMYK", "16", "exif", "same.jpg", "same.png", "sub/same"}
+    assert written == {f"{name}.jpg" for name in names}
+    assert {Image.open(tmp_path / "out" / name).size for name in written} == {(160, 120)}
+
+
+def test_bad_input(run_folder, predict, places, tmp_path):
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (9, 9)).save(picture)
+    text = tmp_path / "b.png"
+    text.write_text("no picture")
+    moved = tmp_path / "model.pth"
+    shutil.copy(run_folder / "model_final.pth", moved)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run_folder, damaged)
+    for name in ("options.json", "config.yaml"):
+        if (damaged / name).exists():
+            (damaged / name).write_text("{")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cases = [
+        ((tmp_path / "gone", picture), "gone does not exist"),
+        ((empty, picture), "there is no checkpoint in this folder"),
+        ((moved, picture), "has neither options.json"),
+        ((damaged, picture), str(damaged)),
+        ((run_folder, tmp_path / "*.gif"), "nor a file of this pattern"),
+        ((run_folder, empty), "there is no picture in this folder"),
+        ((run_folder, text), "none of the 1 files could be read"),
+        ((run_folder, picture, "--threshold", "2"), "--threshold must be between 0 and 1, got 2"),
+        ((run_folder, tmp_path / "out"), "there is no picture in this folder"),
+    ]
+    (tmp_path / "out").mkdir()
+    for (weights, picture, *options), expected in cases:
+        code, printed = predict(weights, picture, options=options)
+        line = printed.splitlines()[-1]
+        assert code == 1 and line.startswith("error: ") and expected in line, printed
+    Image.new("RGB", (9, 9)).save(tmp_path / "out" / "c.png")
+    code, printed = predict(run_folder, tmp_path / "out")
+    assert code == 1 and "holds all of --input: take another folder" in printed
