@@ -53,13 +53,16 @@ class GNPCheckpointer(GroupCheckpointer, DetectionCheckpointer):
     """
 
     @classmethod
-    def from_config(cls, cfg, model: nn.Module, dataset: str, **kwargs: Any) -> GNPCheckpointer:
+    def from_config(
+        cls, cfg, model: nn.Module, dataset: str = "", **kwargs: Any
+    ) -> GNPCheckpointer:
         """The checkpointer that ``cfg`` asks for, saving to its OUTPUT_DIR.
 
         Args:
-            dataset: the data set whose classes the model predicts.
+            dataset: the data set whose classes the model predicts; "": they are not recorded.
         """
-        mismatch, classes = cfg.MODEL.GNP.CHECKPOINT_MISMATCH, classes_of(dataset)
+        mismatch = cfg.MODEL.GNP.CHECKPOINT_MISMATCH
+        classes = classes_of(dataset) if dataset else None
         return cls(model, cfg.OUTPUT_DIR, mismatch=mismatch, classes=classes, **kwargs)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
