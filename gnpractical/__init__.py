@@ -5,6 +5,7 @@ from gnpractical.gradient_law import gradient_variance_ratio
 from gnpractical.layers import PracticalGroupNorm
 from gnpractical.layers.convert import convert
 from gnpractical.layers.match_norms import match_norms, norm_targets
+from gnpractical.layers.plain_norms import to_group_norm
 from gnpractical.layers.resolve import resolve_norms
 from gnpractical.layers.weight_standardization import fold_weight_standardization
 from gnpractical.measure.calibration import calibrate
@@ -31,4 +32,5 @@ __all__ = [
     "norm_targets",
     "practical_num_groups",
     "resolve_norms",
+    "to_group_norm",
 ]

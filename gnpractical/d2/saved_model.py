@@ -8,6 +8,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.export import TracingAdapter
+from detectron2.modeling import GeneralizedRCNN
 from PIL import Image
 from torch import nn
 
@@ -17,6 +19,7 @@ from gnpractical.d2.evaluation import to_prediction
 from gnpractical.d2.trainer import Trainer
 from gnpractical.datasets.predictions import Prediction
 from gnpractical.runs.classes import Classes, classes_in
+from gnpractical.runs.export import Detector
 from gnpractical.runs.saved_run import SavedRun
 
 
@@ -45,6 +48,29 @@ def predict(model: nn.Module, classes: Classes, cfg: CfgNode, pixels: np.ndarray
     tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32))
     (output,) = model([{"image": tensor, "height": height, "width": width}])
     return to_prediction(output, classes)
+
+
+def detector(model: nn.Module) -> Detector:
+    """The whole model for export, by Detectron2's ``TracingAdapter``.
+
+    It takes images in INPUT.FORMAT with values in 0..255, resized already, and gives boxes, labels
+    and scores in them, and if the model has masks, those of 28x28 pixels in their boxes.
+
+    Raises:
+        ValueError: The model is no ``GeneralizedRCNN``.
+    """
+    if type(model) is not GeneralizedRCNN:
+        raise ValueError(
+            f"--part model: of Detectron2's models only GeneralizedRCNN can be written whole, not "
+            f"{type(model).__name__}. Take --part backbone"
+        )
+
+    def instances(model: GeneralizedRCNN, inputs: list[dict]) -> list[dict]:
+        return [{"instances": model.inference(inputs, do_postprocess=False)[0]}]
+
+    adapter = TracingAdapter(model, [{"image": torch.zeros(3, 64, 64)}], instances)
+    masks = ["masks"] if model.roi_heads.mask_on else []
+    return Detector(adapter.eval(), ["boxes", "labels", *masks, "scores", "size"], 255.0)
 
 
 def _classes(cfg: CfgNode) -> Classes:

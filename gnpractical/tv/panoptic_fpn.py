@@ -28,9 +28,12 @@ class PanopticFPN(MaskRCNN):
     all things, 1, 2, ... for stuff, 255 where the loss looks away; the losses gain
     ``loss_semantic``. In evaluation each result also has
 
+    * ``semantic`` (H, W) int64: the label of each pixel, 0 for all things;
     * ``panoptic_ids`` (H, W) int64: the id of each pixel's segment, 0 for none;
     * ``segments``: a dict of ``id``, ``label`` (of things and stuff, each counted from 1) and
       ``isthing`` for each segment.
+
+    With ``merges`` set to False the last two are left out, for those who merge themselves.
 
     Args:
         backbone, **kwargs: Arguments of ``MaskRCNN``.
@@ -52,6 +55,7 @@ class PanopticFPN(MaskRCNN):
         self.semantic_branch = semantic_branch
         self.semantic_weight = semantic_weight
         self.min_stuff_area = min_stuff_area
+        self.merges = True
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         if self.training:
@@ -74,16 +78,17 @@ class PanopticFPN(MaskRCNN):
         for result, image_logits, (h, w), size in zip(
             results, logits, batch.image_sizes, sizes, strict=True
         ):
-            semantic = F.interpolate(
+            result["semantic"] = F.interpolate(
                 image_logits[None, :, :h, :w], size, mode="bilinear", align_corners=False
             )[0].argmax(0)
-            result["panoptic_ids"], result["segments"] = merge(
-                result["masks"][:, 0] > 0.5,
-                result["labels"],
-                result["scores"],
-                semantic,
-                self.min_stuff_area,
-            )
+            if self.merges:
+                result["panoptic_ids"], result["segments"] = merge(
+                    result["masks"][:, 0] > 0.5,
+                    result["labels"],
+                    result["scores"],
+                    result["semantic"],
+                    self.min_stuff_area,
+                )
         return results
 
 

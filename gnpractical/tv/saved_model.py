@@ -6,13 +6,15 @@ import json
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gnpractical.datasets.predictions import Prediction
 from gnpractical.runs.classes import Classes, classes_in
+from gnpractical.runs.export import Detector
 from gnpractical.runs.saved_run import SavedRun
 from gnpractical.tv.checkpoint import TorchvisionCheckpointer, require_measured
 from gnpractical.tv.evaluation import to_prediction
+from gnpractical.tv.panoptic_fpn import PanopticFPN
 from gnpractical.tv.run import RunOptions, build
 
 
@@ -41,3 +43,25 @@ def predict(model: nn.Module, classes: Classes, pixels: np.ndarray) -> Predictio
     device = next(model.parameters()).device
     image = torch.from_numpy(pixels).to(device).permute(2, 0, 1).float() / 255
     return to_prediction(model([image])[0], classes)
+
+
+def detector(model: nn.Module) -> Detector:
+    """The whole model for export, which takes RGB images of any size with values in 0..1.
+
+    Of Panoptic FPN it gives the instances and the semantic labels, not yet merged.
+    """
+    names = ["boxes", "labels", "scores"]
+    if isinstance(model, PanopticFPN):
+        model.merges = False
+        names += ["masks", "semantic"]
+    return Detector(_FirstResult(model, names).eval(), names, 1.0)
+
+
+class _FirstResult(nn.Module):
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        result = self.model([image])[0]
+        return tuple(result[name] for name in self.names)

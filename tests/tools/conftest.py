@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.forked_tool import forked
+from helpers.forked_tool import ONE_STEP, forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,3 +95,17 @@ def refused(places, tmp_path):
         return line
 
     return run
+
+
+@pytest.fixture(scope="module", params=["train_torchvision.py", "train_net.py"])
+def run_folder(request, places, tmp_path_factory):
+    """What a trainer leaves after an iteration and an evaluation."""
+    tool = request.param
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    if tool == "train_net.py":
+        pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    folder = tmp_path_factory.mktemp("run")
+    words = ONE_STEP[tool].format(**places, out=folder / "out").split()
+    code, text = forked(tool, words, places["data"], folder)
+    assert code == 0, text[-3000:]
+    return folder / "out"

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers.forked_tool import ONE_STEP, forked
+from helpers.forked_tool import forked
 from PIL import Image
 
 from gnpractical.datasets.panoptic import read_ids
@@ -14,19 +14,6 @@ pytest.importorskip("torchvision", reason="torchvision is not installed")
 pytest.importorskip("tensorboard", reason="tensorboard is not installed")
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module", params=["train_torchvision.py", "train_net.py"])
-def run_folder(request, places, tmp_path_factory):
-    """What a trainer leaves after an iteration and an evaluation."""
-    tool = request.param
-    if tool == "train_net.py":
-        pytest.importorskip("detectron2", reason="Detectron2 is not installed")
-    folder = tmp_path_factory.mktemp("run")
-    words = ONE_STEP[tool].format(**places, out=folder / "out").split()
-    code, text = forked(tool, words, places["data"], folder)
-    assert code == 0, text[-3000:]
-    return folder / "out"
 
 
 @pytest.fixture
