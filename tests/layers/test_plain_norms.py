@@ -65,7 +65,7 @@ def test_one_group_written_out(shape, affine):
     if affine:
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
-    x = 3 * torch.randn(shape) + 100
+    x = 3 * torch.randn(shape) + 100  # a mean far from zero
     wanted = norm(x)
     assert to_group_norm(norm, decompose_layer_norm=True) == 1
     torch.testing.assert_close(norm(x), wanted, rtol=1e-4, atol=1e-4)
@@ -93,11 +93,66 @@ def test_a_norm_in_two_places_and_hooks_stay():
     assert len(calls) == 4
 
 
+@pytest.mark.slow
+def test_torch_export_with_free_sizes():
+    net = model()
+    plain = copy.deepcopy(net)
+    to_group_norm(plain, decompose_layer_norm=True)
+    n, h, w = (torch.export.Dim(name, min=2, max=512) for name in "nhw")
+    shapes = ({0: n, 2: 2 * h, 3: 2 * w},)
+    program = torch.export.export(plain, (torch.randn(2, 3, 16, 16),), dynamic_shapes=shapes)
+    operators = {str(node.target) for node in program.graph.nodes}
+    assert "aten.rsqrt.default" in operators and "aten.group_norm.default" in operators
+    for x in (torch.randn(3, 3, 24, 40), torch.randn(2, 3, 64, 12)):
+        torch.testing.assert_close(program.module()(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+def onnx_file(net, x, path):
+    for module in ("onnx", "onnxscript"):
+        pytest.importorskip(module)
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5):
+        pytest.skip("the ONNX exporter of torch below 2.5 does not go with onnxscript of today")
+    torch.onnx.export(net, (x,), path, dynamo=True, opset_version=21, verbose=False)
+    return path
+
+
+def groups_of_nodes(path):
+    nodes = pytest.importorskip("onnx").load(path).graph.node
+    norms = [node for node in nodes if node.op_type == "GroupNormalization"]
+    return sorted(a.i for node in norms for a in node.attribute if a.name == "num_groups")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_no_node_of_one_group_is_exported(tmp_path):
+    x = torch.randn(2, 3, 16, 16)
+    for decompose, groups in ((False, [1, 1, 8]), (True, [8])):
+        net = model()
+        to_group_norm(net, decompose_layer_norm=decompose)
+        assert groups_of_nodes(onnx_file(net, x, tmp_path / "net.onnx")) == groups
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_large_maps_are_averaged_as_exactly_in_onnxruntime(tmp_path):
+    """Summed one after the other, 5 million values are wrong by 1e-4."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    norm, x = nn.GroupNorm(1, 64), torch.randn(1, 64, 240, 320)
+    wanted = norm(x)
+    to_group_norm(norm, decompose_layer_norm=True)
+    path = onnx_file(norm, x, tmp_path / "norm.onnx")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.as_tensor(output), wanted, rtol=0, atol=1e-5)
+
+
 def test_what_cannot_be_changed_leaves_all_as_it_was():
     net = model()
-    net.append(nn.ModuleList([PracticalGroupNorm(16)]))
-    with pytest.raises(ValueError, match=r"'8.0' \(GN_PRACTICAL\) has no number of groups yet"):
+    net.append(nn.ModuleList([PracticalGroupNorm(16), PracticalGroupNorm(16, rule="measured")]))
+    both = r"2 have none yet: '8.0' \(GN_PRACTICAL\), '8.1' \(GN_MEASURED\)"
+    with pytest.raises(ValueError, match=both):
         to_group_norm(net)
+    assert type(net[1]) is PracticalGroupNorm and isinstance(net[0], WSConv2d)
     with pytest.raises(TypeError, match="model must be an nn.Module"):
         to_group_norm("net")
     net = model()
