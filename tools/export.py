@@ -13,11 +13,12 @@ in INPUT.FORMAT in 0..255 and resized.
 
 import argparse
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from gnpractical.layers.plain_norms import OneGroupNorm, to_group_norm
 from gnpractical.runs.errors import in_one_line
-from gnpractical.runs.export import STRIDE, export_backbone, export_detector
+from gnpractical.runs.export import STRIDE, TOLERANCE, export_backbone, export_detector
 from gnpractical.runs.output_dir import check_output_dir
 from gnpractical.runs.saved_run import find_run
 
@@ -36,6 +37,8 @@ def parse_args():
     add("--keep-layer-norm", action="store_true", help=keep)
     opset = "of ONNX, for a backbone; from 21 on it has GroupNormalization"
     add("--opset", type=int, metavar="N", help=opset)
+    tolerance = f"how far the file's outputs may be from the model's, of the largest ({TOLERANCE})"
+    add("--tolerance", type=float, default=TOLERANCE, metavar="X", help=tolerance)
     return parser.parse_args()
 
 
@@ -48,6 +51,16 @@ def check(args):
         raise ValueError(
             "--part model: torch.export does not take non-maximum suppression. Write the whole "
             "model as .onnx, or --part backbone as .pt2"
+        )
+    if args.opset and (args.part == "model" or args.output.suffix == ".pt2"):
+        raise ValueError("--opset is for backbones as .onnx; leave it out")
+    if not args.tolerance > 0:
+        raise ValueError(f"--tolerance must be a positive number, got {args.tolerance}")
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if args.output.suffix == ".onnx" and missing:
+        raise ValueError(
+            f"to write {args.output} takes the package {' and '.join(missing)}, not installed "
+            f"here: pip install onnx onnxscript onnxruntime, or write a .pt2"
         )
     check_output_dir(str(args.output.parent), "--output")
 
@@ -62,25 +75,40 @@ def main():
         from gnpractical.tv import saved_model
     model, *_ = saved_model.load_model(run, "cpu")
     to_group_norm(model.requires_grad_(False), decompose_layer_norm=not args.keep_layer_norm)
-    written_out = sum(isinstance(module, OneGroupNorm) for module in model.modules())
+    part_of_it = model.backbone if args.part == "backbone" else model
+    written_out = sum(isinstance(module, OneGroupNorm) for module in part_of_it.modules())
     with tempfile.TemporaryDirectory(dir=args.output.parent) as folder:
         part = Path(folder, args.output.name)  # in its place only once it is checked
         if args.part == "backbone":
-            exported = export_backbone(model.backbone, part, args.size, args.opset)
+            exported = export_backbone(model.backbone, part, args.size, args.opset, args.tolerance)
         else:
-            exported = export_detector(saved_model.detector(model), part, args.size)
+            exported = export_detector(saved_model.detector(model), part, args.size, args.tolerance)
+        if exported.layer_norms and not args.keep_layer_norm:
+            raise ValueError(
+                f"{args.output} was not written: {exported.layer_norms} GroupNormalization nodes "
+                f"have one group, of norms that to_group_norm does not know. --opset 20 writes "
+                f"none, --keep-layer-norm leaves them"
+            )
         part.replace(args.output)
+    report(args, exported, written_out)
+
+
+def report(args, exported, written_out):
     agreement = "not checked, since onnxruntime is not installed"
     if exported.difference is not None:
-        agreement = (
-            f"differs from the model by {exported.difference:.1e} at most, which differs by "
-            f"{exported.sensitivity:.1e} when the last digit of its input changes"
+        agreement = f"differs from the model by {exported.difference:.1e} of the largest value"
+        if exported.empty:
+            agreement += f", without {', '.join(exported.empty)}, of which the example has none"
+    nodes = ""
+    if exported.opset is not None:
+        nodes = (
+            f". Opset {exported.opset}, {exported.nodes['GroupNormalization']} GroupNormalization "
+            f"nodes, {exported.layer_norms} of one group"
         )
     print(
         f"{args.output}: {args.output.stat().st_size / 2**20:.1f} MiB, {agreement}. "
-        f"{', '.join(exported.inputs)} -> {', '.join(exported.outputs)}. "
-        f"{written_out} norms of one group are written out, {exported.layer_norms} of "
-        f"{exported.nodes['GroupNormalization']} GroupNormalization nodes have one group"
+        f"{', '.join(exported.inputs)} -> {', '.join(exported.outputs)}{nodes}. "
+        f"{written_out} norms of one group are written out"
     )
 
 

@@ -1,11 +1,20 @@
 """Models of both trainers as files, run outside of this package."""
 
 import shutil
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.forked_tool import forked
 
+from gnpractical.runs.export import (
+    Detector,
+    Exported,
+    _difference,
+    export_backbone,
+    export_detector,
+)
 from gnpractical.runs.saved_run import find_run
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
@@ -13,7 +22,13 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 pytest.importorskip("torchvision", reason="torchvision is not installed")
 pytest.importorskip("tensorboard", reason="tensorboard is not installed")
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        tuple(map(int, torch.__version__.split(".")[:2])) < (2, 5),
+        reason="the ONNX exporter of torch below 2.5 does not go with onnxscript of today",
+    ),
+]
 
 
 @pytest.fixture
@@ -71,6 +86,8 @@ def test_backbones(run_folder, export, tmp_path):
         assert f"{path}: " in text and "differs from the model by" in text
         assert f"-> {', '.join(wanted)}. " in text
         if path.suffix == ".onnx":
+            nodes, one = layer_norms(path)
+            assert f"{nodes} GroupNormalization nodes, {one} of one group" in text
             outputs = session(path).run(list(wanted), {"images": images.numpy()})
         else:
             outputs = torch.export.load(path).module()(images)
@@ -94,9 +111,13 @@ def test_whole_models(run_folder, export, tmp_path):
     path = tmp_path / "model.onnx"
     code, text = export(folder, path, "--part", "model", "--size", 64, 96)
     assert code == 0, text
+    written = path.read_bytes()
+    code, text = export(folder, path, "--part", "model", "--size", 64, 96, "--tolerance", 1e-12)
+    assert code == 1 and "error: model.onnx was not written: its output" in text
+    assert path.read_bytes() == written
     module, model = saved_model(folder)
     detector = module.detector(model)
-    for size in ((64, 96), (96, 96)):
+    for size in ((64, 96), (96, 96), (96, 64)):
         coarse = torch.rand(1, 3, 2, 3, generator=torch.Generator().manual_seed(1))
         image = detector.white * torch.nn.functional.interpolate(coarse, size, mode="bilinear")[0]
         wanted = detector.model(image)
@@ -118,6 +139,8 @@ def test_bad_input(run_folder, export, tmp_path):
         (run_folder, tmp_path / "m.pt2", ("--part", "model"), "Write the whole model as .onnx"),
         (tmp_path / "gone", path, (), "gone does not exist"),
         (run_folder, run_folder / "model_final.pth" / "m.onnx", (), "--output"),
+        (run_folder, tmp_path / "m.pt2", ("--opset", 21), "--opset is for backbones as .onnx"),
+        (run_folder, path, ("--tolerance", 0), "--tolerance must be a positive number, got 0.0"),
     ]:
         code, text = export(weights, output, *options)
         line = text.splitlines()[-1]
@@ -125,9 +148,63 @@ def test_bad_input(run_folder, export, tmp_path):
     assert not path.exists()
 
 
-def test_a_file_that_differs_is_an_error(monkeypatch, tmp_path):
-    from gnpractical.runs.export import export_backbone
+def test_nodes_of_one_group_are_an_error(run_folder, error_of, monkeypatch, tmp_path):
+    nodes = Counter(GroupNormalization=3)
+    found = Exported(["images"], ["p2"], 0.0, [], 21, nodes, layer_norms=2)
+    monkeypatch.setattr("gnpractical.runs.export.export_backbone", lambda *_: found)
+    words = ("--weights", run_folder, "--output", tmp_path / "m.onnx")
+    assert "m.onnx was not written: 2 GroupNormalization nodes" in error_of("export.py", *words)
 
+
+def test_what_is_no_agreement():
+    """``_difference`` of outputs that are the model's but for a bit."""
+    boxes, labels = torch.tensor([[0.0, 0.0, 50.0, 100.0]]), torch.arange(2000)
+
+    def difference(boxes_of_file, labels_of_file, tolerance=1e-4):
+        outputs = (boxes_of_file, labels_of_file)
+        path, names = Path("m.onnx"), ["boxes", "labels"]
+        return _difference(path, names, outputs, (boxes, labels), tolerance)
+
+    assert difference(boxes, labels) == 0
+    assert difference(boxes + 0.005, labels) == pytest.approx(5e-5, rel=1e-2)
+    one, many = labels.clone(), labels.clone()
+    one[7] += 1  # a pixel whose best two classes tie
+    many[:3] += 1
+    assert difference(boxes, one) == 0
+    nowhere = boxes.new_full(boxes.shape, torch.nan)
+    for wrong, expected in [
+        ((boxes + 0.02, labels), "'boxes' differs from the model's by 2.0e-04 of the largest"),
+        ((boxes.flip(1), labels), "'boxes' differs from the model's by 1.0e"),
+        ((nowhere, labels), "'boxes' differs from the model's by nan"),
+        ((boxes[:0], labels), r"'boxes' has the shape \(0, 4\), the model's \(1, 4\)"),
+        ((boxes, many), "'labels' differs from the model's by 1.5e-03 of the integers"),
+    ]:
+        with pytest.raises(ValueError, match=f"m.onnx was not written: its output {expected}"):
+            difference(*wrong)
+    assert difference(boxes + 0.02, labels, tolerance=1e-3) > 1e-4
+
+
+def test_what_was_not_compared_is_said(tmp_path):
+    class Nothing(torch.nn.Module):
+        def forward(self, image):
+            return image[:, :0, 0], image.amax()
+
+    detector = Detector(Nothing(), ["boxes", "white"], 1.0)
+    exported = export_detector(detector, tmp_path / "m.onnx", (64, 96))
+    assert exported.empty == ["boxes"] and exported.difference < 1e-6 and exported.opset == 17
+
+
+def test_sizes_of_the_traced_image_do_not_stay(tmp_path):
+    class OfOneSize(torch.nn.Module):
+        def forward(self, image):
+            return (image * int(image.shape[1]),)
+
+    detector = Detector(OfOneSize(), ["pixels"], 1.0)
+    with pytest.raises(ValueError, match="its output 'pixels' differs from the model's"):
+        export_detector(detector, tmp_path / "m.onnx", (64, 96))
+
+
+def test_a_file_that_differs_is_an_error(monkeypatch, tmp_path):
     class Backbone(torch.nn.Module):
         def forward(self, images):
             return {"a": images + 1}
@@ -138,5 +215,5 @@ def test_a_file_that_differs_is_an_error(monkeypatch, tmp_path):
 
     export = torch.export.export
     monkeypatch.setattr(torch.export, "export", lambda _, *a, **kw: export(Other(), *a, **kw))
-    with pytest.raises(ValueError, match="b.pt2 would give other values than the model"):
+    with pytest.raises(ValueError, match="b.pt2 was not written: its output 'a' differs"):
         export_backbone(Backbone(), tmp_path / "b.pt2", (64, 64))
