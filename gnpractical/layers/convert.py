@@ -134,7 +134,11 @@ def convert(
         if norm_width(module) is not None and not isinstance(module, _INSTANCE_NORMS)
     }
     if not norms:
-        raise ValueError(f"{type(model).__name__} has no BatchNorm or GroupNorm to convert")
+        kept = sum(isinstance(module, _INSTANCE_NORMS) for module in model.modules())
+        raise ValueError(
+            f"{type(model).__name__} has no BatchNorm or GroupNorm to convert"
+            + (f"; its {kept} InstanceNorms stay as they are" if kept else "")
+        )
     calls = {} if example_inputs is None else trace_norms(model, example_inputs)
     feeding = feeding_sources(model, calls)
 
