@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import re
@@ -138,6 +139,16 @@ class PracticalGroupNorm(nn.GroupNorm):
             raise ValueError(f"the number of groups of a norm with the rule {self.rule!r} is fixed")
         check_num_groups(num_groups, self.num_channels)
         self.num_groups = num_groups
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PracticalGroupNorm:
+        """A copy; of the norm alone, and not of a model with it, one that forgets ``fed_by``.
+
+        Opacus copies every norm, and would copy its layers too and, by their hooks, the model.
+        """
+        state = vars(self) if memo else vars(self) | {"fed_by": None}
+        replica = memo[id(self)] = self.__new__(type(self))
+        vars(replica).update(copy.deepcopy(state, memo))
+        return replica
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.jit.is_scripting():

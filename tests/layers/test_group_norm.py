@@ -58,6 +58,17 @@ def test_survives_deepcopy_pickle_and_torch_save():
         torch.testing.assert_close(other(x), norm(x), rtol=0, atol=0)
 
 
+def test_a_copy_of_a_norm_alone_leaves_out_the_layers_that_feed_it():
+    norm = PracticalGroupNorm(4, 8)
+    # Registered after the norm, so that the copy meets it through the norm first.
+    model = nn.ModuleDict({"norm": norm, "layer": nn.Linear(8, 4)})
+    norm.fed_by = (model["layer"],)
+    assert copy.deepcopy(norm).fed_by is None
+    copied = copy.deepcopy(model)
+    assert type(copied["norm"]) is PracticalGroupNorm and copied["norm"] is not norm
+    assert copied["norm"].fed_by == (copied["layer"],) and norm.fed_by == (model["layer"],)
+
+
 def test_unresolved_survives_deepcopy_and_pickle():
     for other in [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))]:
         norm = other(PracticalGroupNorm(128))
