@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from gnpractical import PracticalGroupNorm
+from gnpractical import PracticalGroupNorm, convert
 from gnpractical.layers.weight_standardization import (
     Standardized,
     WSConv2d,
@@ -71,6 +71,36 @@ def test_conv_equals_plain_conv_with_the_reference_weight(convolution):
     assert list(conv.state_dict()) == ["weight", "bias"]
     assert fold_weight_standardization(nn.Sequential(conv)) == 1 and type(conv) is convolution
     torch.testing.assert_close(conv(x), plain(x))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])  # with 8 each filter has one input channel
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_converted_models_convolve_with_the_written_out_weight(dim, groups):
+    convolution, norm = getattr(nn, f"Conv{dim}d"), getattr(nn, f"BatchNorm{dim}d")
+    model = nn.Sequential(
+        convolution(8, 16, 3, padding=1, groups=groups), norm(16), nn.ReLU(), convolution(16, 4, 1)
+    ).double()
+    x = torch.randn(2, 8, *[5] * dim).double()
+    with torch.no_grad():  # of deviations beside which eps is nothing
+        weight = nn.init.normal_(model[0].weight).clone().requires_grad_()
+
+    filters = weight.flatten(1)
+    centered = filters - filters.sum(1, keepdim=True) / filters.shape[1]
+    variance = centered.square().sum(1, keepdim=True) / (filters.shape[1] - 1)
+    standardized = (centered / variance.sqrt()).view_as(weight)
+    conv = getattr(nn.functional, f"conv{dim}d")
+    y = conv(x, standardized, model[0].bias, padding=1, groups=groups)
+    expected = model[3](nn.functional.group_norm(y, 4).relu())
+    gradient = torch.autograd.grad(expected.square().sum(), weight)[0]
+
+    convert(model, x, rule=4, weight_standardization=True)
+    assert isinstance(model[0], Standardized) and type(model[3]) is convolution
+    out = model(x)
+    torch.testing.assert_close(out, expected)
+    out.square().sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, gradient)
+    assert fold_weight_standardization(model) == 1 and type(model[0]) is convolution
+    torch.testing.assert_close(model(x), expected)
 
 
 @pytest.mark.parametrize(
