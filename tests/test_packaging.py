@@ -21,6 +21,7 @@ else:  # Python 3.10, where pytest brings it
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+CONFIGS = [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("configs/**/*.py")]
 PROJECT, SETUPTOOLS = PYPROJECT["project"], PYPROJECT["tool"]["setuptools"]
 
 
@@ -39,7 +40,7 @@ def test_version_has_one_source():
 
 def test_every_folder_is_a_package_of_the_wheel():
     code = {path.parent for path in (ROOT / "gnpractical").rglob("*.py")}
-    configs = {path.parent for path in (ROOT / "configs").rglob("*.yaml")}
+    configs = {path.parent for path in CONFIGS}
     names = {".".join(folder.relative_to(ROOT).parts) for folder in code}
     names |= {".".join(("gnpractical", *folder.relative_to(ROOT).parts)) for folder in configs}
     assert sorted(SETUPTOOLS["packages"]) == sorted(names)
@@ -90,9 +91,10 @@ def test_wheel_holds_everything(wheel):
     assert b"License-Expression: Apache-2.0\n" in metadata
     assert f"gnpractical-{gnpractical.__version__}.dist-info/licenses/LICENSE" in names
     assert "gnpractical/py.typed" in names
-    for path in [*ROOT.glob("gnpractical/**/*.py"), *ROOT.glob("configs/**/*.yaml")]:
-        name = path.relative_to(ROOT).as_posix()
-        assert (name if path.suffix == ".py" else f"gnpractical/{name}") in names
+    for path in ROOT.glob("gnpractical/**/*.py"):
+        assert path.relative_to(ROOT).as_posix() in names
+    for path in CONFIGS:
+        assert f"gnpractical/{path.relative_to(ROOT).as_posix()}" in names
     assert all(name.startswith("gnpractical") for name in names)
 
 

@@ -92,10 +92,15 @@ def norm_keys(cfg: CfgNode) -> dict[str, str]:
 def check_norm_names(cfg: CfgNode) -> None:
     """Raise ValueError, naming the config key, if a ``NORM`` of ``cfg`` is unknown."""
     for key, norm in norm_keys(cfg).items():
-        try:
-            get_norm(norm, 32)
-        except ValueError as e:
-            raise ValueError(f"{key}: {e}") from None
+        check_norm_name(key, norm)
+
+
+def check_norm_name(key: str, norm: str) -> None:
+    """Raise ValueError, naming the config's ``key``, if its value ``norm`` is unknown."""
+    try:
+        get_norm(norm, 32)
+    except ValueError as e:
+        raise ValueError(f"{key}: {e}") from None
 
 
 def group_norm_keys(cfg: CfgNode) -> list[str]:

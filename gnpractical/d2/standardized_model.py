@@ -43,6 +43,19 @@ class WSDetectronConv2d(WSConv2d, Conv2d):
 STANDARDIZED[Conv2d] = WSDetectronConv2d
 
 
+def standardize_weights(model: nn.Module, cfg: CfgNode) -> None:
+    """Standardize the weights of the parts of ``model`` that ``cfg`` names.
+
+    Raises:
+        ValueError: A part does not exist or has no norms; the message names the key.
+    """
+    if cfg.MODEL.GNP.WEIGHT_STANDARDIZATION:
+        try:
+            apply_weight_standardization(model, cfg.MODEL.GNP.WEIGHT_STANDARDIZATION)
+        except ValueError as e:
+            raise ValueError(f"MODEL.GNP.WEIGHT_STANDARDIZATION: {e}") from None
+
+
 def _extended(original: Callable) -> Callable:
     @functools.wraps(original)
     def build_model(cfg: CfgNode) -> nn.Module:
@@ -55,11 +68,8 @@ def _extended(original: Callable) -> Callable:
                 "call get_norm.",
                 ", ".join(unused),
             )
-        if "GNP" in cfg.MODEL and cfg.MODEL.GNP.WEIGHT_STANDARDIZATION:
-            try:
-                apply_weight_standardization(model, cfg.MODEL.GNP.WEIGHT_STANDARDIZATION)
-            except ValueError as e:
-                raise ValueError(f"MODEL.GNP.WEIGHT_STANDARDIZATION: {e}") from None
+        if "GNP" in cfg.MODEL:
+            standardize_weights(model, cfg)
         return model
 
     return build_model

@@ -71,6 +71,12 @@ class Trainer(DefaultTrainer):
         OSError: There is too little disk space.
     """
 
+    # What a user can do about a loss that is no longer finite.
+    finite_advice = (
+        "Try a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS.ENABLED "
+        "True."
+    )
+
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer's own __init__ cannot be extended: it wraps the model for GPUs only and
         # names its checkpointer. The order of the objects is the one it prescribes, and _trainer
@@ -162,10 +168,8 @@ class Trainer(DefaultTrainer):
         try:
             super().run_step()
         except FloatingPointError as e:  # Detectron2's: has the iteration and the losses
-            raise FloatingPointError(
-                f"{e}\n{self.checkpointer.last_good()} Try a lower SOLVER.BASE_LR, a longer "
-                f"SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS.ENABLED True."
-            ) from e
+            last_good = self.checkpointer.last_good()
+            raise FloatingPointError(f"{e}\n{last_good} {self.finite_advice}") from e
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
