@@ -236,3 +236,14 @@ def test_a_loss_that_is_not_finite(trainer_of):
         assert part in str(e.value)
     advice = "Try a lower optimizer.lr or a longer lr_multiplier.warmup_length."
     assert str(e.value).endswith(advice)
+
+
+def test_batches_for_calibration_start_no_processes():
+    overrides = [*TINY["pfpn_gnp_full"], "dataloader.train.num_workers=2"]
+    lazy = load_lazy_config(f"{LAZY}/pfpn_gnp_full.py", overrides)
+    lazy.dataloader.train.dataset = None
+    lazy.dataloader.train._target_ = lambda **arguments: arguments["num_workers"]
+    trainer, cfg = lazy_trainer(lazy), yaml_config(lazy)
+    assert trainer.build_train_loader(cfg) == 2
+    cfg.DATALOADER.NUM_WORKERS = 0  # as Trainer.extra_batches does
+    assert trainer.build_train_loader(cfg) == 0

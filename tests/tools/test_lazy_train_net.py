@@ -15,11 +15,15 @@ ROOT = Path(__file__).parents[2]
 TOOL = str(ROOT / "tools" / "lazy_train_net.py")
 
 
-def command(name, out, *words):
-    options, overrides = [w for w in words if w[0] == "-"], [w for w in words if w[0] != "-"]
-    config = ["--config-file", f"{ROOT}/configs/lazy/{name}.py"]
-    tail = [*TINY[name], f"train.output_dir={out}", *overrides]
-    return [sys.executable, TOOL, *config, *options, *tail]
+def words(name, *more):
+    """The words of a command, with {root} and {out} to be filled in."""
+    options, overrides = [w for w in more if w[0] == "-"], [w for w in more if w[0] != "-"]
+    config = ["--config-file", f"{{root}}/configs/lazy/{name}.py", *options]
+    return " ".join([*config, *TINY[name], "train.output_dir={out}", *overrides])
+
+
+def command(name, out, *more):
+    return [sys.executable, TOOL, *words(name, *more).format(root=ROOT, out=out).split()]
 
 
 def run(environment, *args):
@@ -34,7 +38,7 @@ def metrics_of(out):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
-def test_killed_resumed_and_evaluated(environment, tmp_path, kill_after, name):
+def test_killed_resumed_and_evaluated(environment, tmp_path, kill_after, refused, name):
     if "LSJ" in name:
         pytest.importorskip("shapely", reason="shapely, which crops polygons, is not installed")
     out = tmp_path / "out"
@@ -43,21 +47,19 @@ def test_killed_resumed_and_evaluated(environment, tmp_path, kill_after, name):
     before = json.loads((out / "groups.json").read_text())
     assert {row["norm"] for row in before} == {"GN_PRACTICAL"}
 
-    other = run(environment, name, out, "--resume", "model.backbone.norm=GN_4")
-    assert other.returncode == 1 and "Traceback" not in other.stderr
-    last = other.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and "was trained with other group counts" in last
+    last = refused("lazy_train_net.py", words(name, "--resume", "model.backbone.norm=GN_4"))
+    assert "was trained with other group counts" in last
     assert "To match the file: model.backbone.norm=GN_PRACTICAL. " in last
 
     done = run(environment, name, out, "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
     log = (out / "log.txt").read_text()
-    assert "Starting training from iteration 4" in log and "Group counts:" in log
+    assert log.count("Starting training from iteration 0") == 1 and "Group counts:" in log
     assert json.loads((out / "groups.json").read_text()) == before
     assert [m["iteration"] for m in metrics_of(out) if "total_loss" in m][-1] == 9
     trained = metrics_of(out)[-1]
     assert ("panoptic_seg/PQ" in trained) == name.startswith("pfpn")
-    for file in ("model_final.pth", "config.yaml", "inference/predictions.png"):
+    for file in (".lock", "model_final.pth", "config.yaml", "inference/predictions.png"):
         assert (out / file).stat().st_size > 0
 
     again = run(environment, name, out, "--eval-only", "--resume")
@@ -68,9 +70,9 @@ def test_killed_resumed_and_evaluated(environment, tmp_path, kill_after, name):
 @pytest.mark.slow
 def test_the_whole_gnp_section_in_two_processes(environment, tmp_path):
     gnp = "gnp.accumulate=2 gnp.probe_period=2 gnp.stop_at=2 gnp.weight_standardization=[backbone]"
-    words = [*gnp.split(), "model.backbone.norm=GN_MEASURED", "train.device=cuda"]
-    words += ["dataloader.test.dataset.names=[]"]
-    done = run(environment, "pfpn_gnp_full", tmp_path, "--num-gpus=2", *words)
+    more = [*gnp.split(), "model.backbone.norm=GN_MEASURED", "train.device=cuda"]
+    more += ["dataloader.test.dataset.names=[]"]
+    done = run(environment, "pfpn_gnp_full", tmp_path, "--num-gpus=2", *more)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("No GPU is available") == 1
     assert "Calibrating 8 GN_MEASURED norms on 2 batches" in done.stdout
@@ -95,9 +97,7 @@ def test_the_whole_gnp_section_in_two_processes(environment, tmp_path):
     ],
 )
 def test_errors_are_one_line(refused, override, message):
-    words = " ".join(["{root}/configs/lazy/pfpn_gnp_full.py", *TINY["pfpn_gnp_full"]])
-    words = f"--config-file {words} train.output_dir={{out}} {override}"
-    assert message in refused("lazy_train_net.py", words)
+    assert message in refused("lazy_train_net.py", words("pfpn_gnp_full", override))
 
 
 def test_a_missing_file(refused):
@@ -107,7 +107,5 @@ def test_a_missing_file(refused):
 
 
 def test_nothing_to_evaluate(refused):
-    words = " ".join(["{root}/configs/lazy/pfpn_gnp_full.py", *TINY["pfpn_gnp_full"]])
-    words = f"--eval-only --resume --config-file {words} train.output_dir={{out}}"
-    line = refused("lazy_train_net.py", words)
+    line = refused("lazy_train_net.py", words("pfpn_gnp_full", "--eval-only", "--resume"))
     assert "There is nothing to evaluate: train.init_checkpoint is empty" in line
