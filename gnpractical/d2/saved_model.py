@@ -32,6 +32,10 @@ def load_model(run: SavedRun, device: str) -> tuple[nn.Module, Classes, CfgNode]
     Raises:
         ValueError: The checkpoint or the config are damaged, or do not belong together.
     """
+    if "_target_:" in run.description.read_text():
+        raise ValueError(
+            f"{run.description} is a LazyConfig, whose runs cannot be read, YAML's can"
+        )
     cfg = load_config(str(run.description), ["MODEL.DEVICE", device])
     model = Trainer.build_model(cfg)
     GNPCheckpointer(model).load_all(str(run.weights), checkpointables=[])

@@ -92,6 +92,10 @@ def test_bad_input(run_folder, predict, places, tmp_path):
     for name in ("options.json", "config.yaml"):
         if (damaged / name).exists():
             (damaged / name).write_text("{")
+    lazy = tmp_path / "lazy"
+    shutil.copytree(run_folder, lazy)
+    (lazy / "options.json").unlink(missing_ok=True)
+    (lazy / "config.yaml").write_text("model:\n  _target_: detectron2.modeling.PanopticFPN\n")
     empty = tmp_path / "empty"
     empty.mkdir()
     cases = [
@@ -99,6 +103,7 @@ def test_bad_input(run_folder, predict, places, tmp_path):
         ((empty, picture), "there is no checkpoint in this folder"),
         ((moved, picture), "has neither options.json"),
         ((damaged, picture), str(damaged)),
+        ((lazy, picture), "config.yaml is a LazyConfig"),
         ((run_folder, tmp_path / "*.gif"), "nor a file of this pattern"),
         ((run_folder, empty), "there is no picture in this folder"),
         ((run_folder, text), "none of the 1 files could be read"),
