@@ -106,6 +106,12 @@ def load_records(name: str, files: dict[str, str]) -> list[dict]:
     if "panoptic_json" in files:
         annotations = read_json(files["panoptic_json"])["annotations"]
         pngs = {a["image_id"]: a["file_name"] for a in annotations}
+        lacking = [r["image_id"] for r in records if r["image_id"] not in pngs]
+        if lacking:
+            raise ValueError(
+                f"{files['panoptic_json']} and {files['json_file']} must be of the same images; "
+                f"{len(lacking)} have no panoptic annotation, first id {lacking[0]}"
+            )
         for record in records:
             png = pngs[record["image_id"]]
             record["sem_seg_file_name"] = os.path.join(files["sem_seg_root"], png)

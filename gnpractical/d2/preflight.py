@@ -43,6 +43,14 @@ def check_datasets(cfg: CfgNode, *splits: str) -> None:
             make_shapes(Path(metadata.image_root).parents[1])
         files = {key: metadata.get(key) for key in (*_INSTANCES, *_PANOPTIC) if metadata.get(key)}
         check_files(name, files, datasets_root(), f"{default}${ROOT_VARIABLE}")
+        training = name in cfg.DATASETS.TRAIN
+        panoptic = cfg.MODEL.META_ARCHITECTURE == "PanopticFPN"
+        if panoptic and training and not metadata.get("sem_seg_root"):
+            raise ValueError(
+                f"Data set {name} has no semantic labels, which PanopticFPN is trained on. Of your "
+                f"own data take coco_panoptic:<folder>:<split>, or MODEL.META_ARCHITECTURE "
+                f"GeneralizedRCNN"
+            )
         if not cfg.MODEL.GNP.CHECK_ANNOTATIONS:
             continue
         # LVIS's files are not quite of COCO's form, and two of COCO 2014's have known duplicates.
@@ -58,13 +66,12 @@ def check_datasets(cfg: CfgNode, *splits: str) -> None:
             )
         stuff = len(metadata.get("stuff_classes", ()))
         head = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-        if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN" and stuff and stuff != head:
+        if panoptic and stuff and stuff != head:
             raise ValueError(
                 f"Data set {name} has {stuff} classes of stuff, its things together being one: set "
                 f"MODEL.SEM_SEG_HEAD.NUM_CLASSES {stuff}, not {head}"
             )
         remedy = "set MODEL.GNP.CHECK_ANNOTATIONS False"
-        training = name in cfg.DATASETS.TRAIN
         ids = metadata.get("thing_dataset_id_to_contiguous_id")
         needed = ["segmentation"] if cfg.MODEL.MASK_ON else []
         if "TEST" in splits and name in cfg.DATASETS.TEST:  # by pycocotools, which asks for them

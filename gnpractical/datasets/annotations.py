@@ -94,8 +94,11 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
         except (KeyError, TypeError, ValueError, IndexError) as e:
             raise ValueError(f"{name} is malformed: {type(e).__name__}: {e}") from e
     repeated = [_repeated(data, key) for key in ("annotations", "images", "categories")]
+    namesakes = _repeated(data, "categories", "name")
+    namesakes.tolerated = 1.0  # the numbers tell them apart
     missing = _missing_files([i["file_name"] for i in images.values()], files, "image")
     problems = [unknown, odd, *repeated, missing, bad_size, undrawable, bad_box, bad_mask, orphan]
+    problems.append(namesakes)
     return [p for p in problems if p.offenders]
 
 

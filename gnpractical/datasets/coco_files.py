@@ -86,11 +86,13 @@ def check_annotations(
             "segmentation".
     """
     refused: list[str] = []
+    instances: list[Json] | None = None
     if "json_file" in files:
         data = read_json(files["json_file"])
         if training or "annotations" in data:
             present = _existing(files.get("image_root"), data.get("images"))
             refused += _refused(check_instances, files["json_file"], data, present)
+            instances = data["annotations"]
             for key in needed:
                 lacking = [a["id"] for a in data["annotations"] if not _has(a, key)]
                 if lacking:
@@ -102,6 +104,12 @@ def check_annotations(
         data = read_json(files["panoptic_json"])
         present = _existing(files["panoptic_root"], data.get("annotations"))
         refused += _refused(check_panoptic, files["panoptic_json"], data, present)
+        kinds = {c["id"]: c["isthing"] for c in data["categories"] if not refused}
+        segments = [s for a in data["annotations"] if kinds for s in a["segments_info"]]
+        if instances == [] and any(kinds[s["category_id"]] for s in segments):
+            refused.append(
+                f"{files['json_file']}: no annotations, where the panoptic JSON has things"
+            )
         if things is not None:
             odd = [c for c in data["categories"] if bool(c["isthing"]) != (c["id"] in things)]
             refused += [f"{files['panoptic_json']}: not of its things: {odd[0]}"] if odd else []

@@ -110,9 +110,25 @@ def test_names_and_folders_that_lead_nowhere(tiny_cfg, folder):
             use_own_data(tiny_cfg("DATASETS.TEST", f"('{name}',)"), "TEST")
 
 
+def test_what_belongs_together(tiny_cfg, folder):
+    cfg = tiny_cfg(*instances(folder))
+    use_own_data(cfg, "TRAIN", "TEST")
+    with pytest.raises(ValueError, match="no semantic labels, which PanopticFPN is trained on"):
+        check_datasets(cfg, "TRAIN", "TEST")
+    cfg = tiny_cfg(*folder_overrides(str(folder), panoptic=True))
+    spoil(folder, "panoptic_train.json", lambda d: d["annotations"].pop())
+    use_own_data(cfg, "TRAIN", "TEST")
+    with pytest.raises(ValueError, match="must be of the same images; 1 have no panoptic"):
+        DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
+    spoil(folder, "instances_train.json", lambda d: d.update(annotations=[]))
+    with pytest.raises(ValueError, match="no annotations, where the panoptic JSON has things"):
+        check_datasets(cfg, "TRAIN", "TEST")
+
+
 def test_masks_are_asked_for(tiny_cfg, folder):
     spoil(folder, "instances_train.json", lambda d: d["annotations"][3].pop("segmentation"))
-    cfg = tiny_cfg(*instances(folder))
+    cfg = tiny_cfg(*instances(folder), config="faster_rcnn_gnp_ws_shapes.yaml")
+    cfg.MODEL.MASK_ON = True
     use_own_data(cfg, "TRAIN", "TEST")
     with pytest.raises(ValueError, match="1 of .* have no 'segmentation', first .*MASK_ON False"):
         check_datasets(cfg, "TRAIN")

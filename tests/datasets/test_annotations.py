@@ -190,8 +190,15 @@ def test_panoptic():
 def test_repeated_ids_are_refused(key):
     data = sound()
     data[key].append(copy.deepcopy(data[key][0]))
-    (problem,) = check_instances(data, ["a.jpg"])
+    (problem, *_) = check_instances(data, ["a.jpg"])
     assert problem.kind == f"id used twice in {key!r}" and problem.refuse
+
+
+def test_categories_of_one_name_are_told():
+    data = sound()
+    data["categories"].append({"id": 77, "name": data["categories"][0]["name"]})
+    (problem,) = check_instances(data, ["a.jpg"])
+    assert problem.kind == "name used twice in 'categories'" and not problem.refuse
 
 
 @pytest.mark.parametrize("key", ["images", "categories"])

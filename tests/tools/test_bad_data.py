@@ -33,6 +33,7 @@ CHANGES = {
     "instances": {
         **{f"no {key}": drop(key) for key in ("images", "annotations", "categories")},
         **{f"{key} null": lambda d, k=key: d.update({k: None}) for key in ("images", "categories")},
+        "no annotation of a thing": lambda data: data.update(annotations=[]),
         "no bbox": drop("annotations", "bbox"),
         "no id": drop("annotations", "id"),
         "no name": drop("categories", "name"),
