@@ -61,6 +61,9 @@ def test_a_panoptic_folder_is_what_the_shapes_are(tiny_cfg, folder, few_shapes):
     for key in ("thing_classes", "stuff_classes", "stuff_dataset_id_to_contiguous_id"):
         assert own.get(key) == shapes.get(key)
 
+    assert own.stuff_classes == ["things", "sky", "grass", "water", "sand"]
+    assert own.stuff_dataset_id_to_contiguous_id == {0: 0, 5: 1, 6: 2, 7: 3, 8: 4}
+
     def below(records, root):
         return json.loads(json.dumps(records, default=str).replace(str(root), ""))
 

@@ -63,6 +63,17 @@ def test_other_strides_and_classes(tmp_path):
     assert TorchvisionCheckpointer(model(), classes=cats).load_all(path)["iteration"] == 3
 
 
+def test_files_of_mostly_other_tensors(tmp_path):
+    model = small()
+    own = dict(list(model.state_dict().items())[-2:])
+    path = write(tmp_path / "other.pth", own | {f"other.{i}": torch.ones(2) for i in range(3)})
+    with pytest.raises(GroupMismatch, match="other.pth: only 2 of its 5 tensors are of this model"):
+        TorchvisionCheckpointer(model).load(path, checkpointables=[])
+    TorchvisionCheckpointer(model, mismatch="warn").load(path, checkpointables=[])
+    more = write(tmp_path / "more.pth", own | {"other": torch.ones(2)})
+    TorchvisionCheckpointer(model).load(more, checkpointables=[])
+
+
 def test_a_last_checkpoint_that_is_no_text(tmp_path):
     (tmp_path / "last_checkpoint").write_bytes(b"\xff\x00")
     with pytest.raises(ValueError, match="last_checkpoint does not hold the name of a file"):

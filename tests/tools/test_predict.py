@@ -39,6 +39,11 @@ def test_the_results_are_those_of_the_evaluation(run_folder, predict, places, tm
         assert a["category_id"] == b["category_id"] and a["segmentation"] == b["segmentation"]
         assert a["file_name"].endswith(f"{b['image_id']:06d}.jpg")
         np.testing.assert_allclose([*a["bbox"], a["score"]], [*b["bbox"], b["score"]], atol=1e-3)
+    least = sorted(entry["score"] for entry in wanted)[len(wanted) // 2] + 1e-9
+    code, _ = predict(run_folder, images, options=["--json", "--threshold", str(least)])
+    some = json.loads((tmp_path / "out" / "coco_instances_results.json").read_text())
+    assert code == 0 and 0 < len(some) < len(mine)
+    assert some == [entry for entry in mine if entry["score"] >= least]
     data = json.loads((tmp_path / "out" / "panoptic_predictions.json").read_text())
     assert [c["name"] for c in data["categories"] if c["isthing"]][:2] == ["disc", "box"]
     for annotation in data["annotations"]:
