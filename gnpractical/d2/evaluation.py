@@ -30,8 +30,6 @@ from gnpractical.datasets.pictures import PictureGrid
 from gnpractical.datasets.predictions import Prediction, coco_instances, draw
 from gnpractical.runs.classes import Classes
 
-MIN_SCORE = 0.5  # of what is drawn
-
 _EVALUATORS = {
     "cityscapes_instance": CityscapesInstanceEvaluator,
     "cityscapes_sem_seg": CityscapesSemSegEvaluator,
@@ -144,7 +142,7 @@ class PredictionGrid(DatasetEvaluator):
                 # By now the data set is loaded, and its metadata complete.
                 classes = classes_of(self._dataset)
                 prediction = to_prediction(output, classes)
-                self._grid.add(image, draw(image, prediction, classes, MIN_SCORE))
+                self._grid.add(image, draw(image, prediction, classes))
 
     def evaluate(self) -> None:
         self._grid.save(self._path)

@@ -94,11 +94,10 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
         except (KeyError, TypeError, ValueError, IndexError) as e:
             raise ValueError(f"{name} is malformed: {type(e).__name__}: {e}") from e
     repeated = [_repeated(data, key) for key in ("annotations", "images", "categories")]
-    namesakes = _repeated(data, "categories", "name")
-    namesakes.tolerated = 1.0  # the numbers tell them apart
+    # Their numbers tell them apart.
+    repeated.append(_repeated(data, "categories", "name", tolerated=1.0))
     missing = _missing_files([i["file_name"] for i in images.values()], files, "image")
     problems = [unknown, odd, *repeated, missing, bad_size, undrawable, bad_box, bad_mask, orphan]
-    problems.append(namesakes)
     return [p for p in problems if p.offenders]
 
 
@@ -171,10 +170,10 @@ def _is_outside(box: list[float], image: Json) -> bool:
     )
 
 
-def _repeated(data: Json, key: str, name: str = "id") -> Problem:
+def _repeated(data: Json, key: str, name: str = "id", tolerated: float = 0.0) -> Problem:
     counts = Counter(entry[name] for entry in data[key])
     repeated = [str(id) for id, count in counts.items() if count > 1]
-    return Problem(f"{name} used twice in {key!r}", len(data[key]), offenders=repeated)
+    return Problem(f"{name} used twice in {key!r}", len(data[key]), tolerated, repeated)
 
 
 def _undrawable(segmentation: Any, image: Json) -> str:

@@ -104,9 +104,7 @@ def check_annotations(
         data = read_json(files["panoptic_json"])
         present = _existing(files["panoptic_root"], data.get("annotations"))
         refused += _refused(check_panoptic, files["panoptic_json"], data, present)
-        kinds = {c["id"]: c["isthing"] for c in data["categories"] if not refused}
-        segments = [s for a in data["annotations"] if kinds for s in a["segments_info"]]
-        if instances == [] and any(kinds[s["category_id"]] for s in segments):
+        if instances == [] and _has_things(data):
             refused.append(
                 f"{files['json_file']}: no annotations, where the panoptic JSON has things"
             )
@@ -145,6 +143,11 @@ def _odd_png(files: Mapping[str, str], data: Json) -> list[str]:
             remedy = _remedy(files["sem_seg_root"])
             return [f"{path} is not what its panoptic PNG makes{remedy}"]
     return []
+
+
+def _has_things(panoptic: Json) -> bool:
+    ids = {c["id"] for c in panoptic["categories"] if c["isthing"]}
+    return any(s["category_id"] in ids for a in panoptic["annotations"] for s in a["segments_info"])
 
 
 def _has(annotation: Json, key: str) -> bool:

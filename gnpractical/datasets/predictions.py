@@ -52,7 +52,9 @@ def coco_instances(
     return entries
 
 
-def draw(image: np.ndarray, prediction: Prediction, names: Names, min_score: float) -> np.ndarray:
+def draw(
+    image: np.ndarray, prediction: Prediction, names: Names, min_score: float = 0.5
+) -> np.ndarray:
     """``image`` (H, W, 3) uint8 with the segments, or where there are none with the instances.
 
     Args:

@@ -130,11 +130,15 @@ class GroupCheckpointer(Checkpointer):
         return f"There is no checkpoint in {self.save_dir} yet."
 
     def get_checkpoint_file(self) -> str:
+        """As the base class's, or a ValueError if the file that names it does not."""
+        path = Path(self.save_dir, "last_checkpoint")
         try:
-            return super().get_checkpoint_file()
-        except (OSError, ValueError) as e:
-            path = Path(self.save_dir, "last_checkpoint")
+            last = super().get_checkpoint_file()
+        except ValueError as e:
             raise ValueError(f"{path} does not hold the name of a file: {e}") from e
+        if last and not os.path.basename(last):
+            raise ValueError(f"{path} does not hold the name of a file: it is empty")
+        return last
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """As the base class's.

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
+from gnpractical.runs.checkpointer import GroupCheckpointer
+
 OPTIONS_FILE = "options.json"  # of tools/train_torchvision.py
 CONFIG_FILE = "config.yaml"  # of Detectron2
 
@@ -38,13 +42,10 @@ def find_run(weights: str) -> SavedRun:
     path = Path(weights)
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
-        last = folder / "last_checkpoint"
-        if not last.is_file():
+        last = GroupCheckpointer(nn.Module(), str(folder)).get_checkpoint_file()
+        if not last:
             raise ValueError(f"--weights {weights!r}: there is no checkpoint in this folder")
-        try:
-            path = folder / last.read_text().strip()
-        except ValueError:
-            raise ValueError(f"{last} does not hold the name of a file") from None
+        path = Path(last)
     if not path.is_file():
         raise ValueError(f"--weights {weights!r}: {path} does not exist")
     for name in (OPTIONS_FILE, CONFIG_FILE):

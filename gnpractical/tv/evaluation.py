@@ -27,8 +27,6 @@ from gnpractical.tv.distributed import all_gather, rank, world_size
 
 logger = logging.getLogger(__name__)
 
-MIN_SCORE = 0.5  # of what is drawn
-
 
 @torch.inference_mode()
 def evaluate(
@@ -59,7 +57,7 @@ def evaluate(
             panoptic.append(panoptic_prediction(image_id, prediction.ids, prediction.segments))
         if rank() == 0 and not grid.full:
             picture = (255 * image).round().byte().permute(1, 2, 0).numpy()
-            grid.add(picture, draw(picture, prediction, dataset.classes, MIN_SCORE))
+            grid.add(picture, draw(picture, prediction, dataset.classes))
     instances = list(itertools.chain(*all_gather(instances)))
     panoptic = list(itertools.chain(*all_gather(panoptic)))
     if rank():

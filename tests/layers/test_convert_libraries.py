@@ -49,39 +49,39 @@ def check(model, shape, rule, standardized, count, widths):
 
 
 @pytest.mark.parametrize("rule, standardized", OPTIONS)
-@pytest.mark.parametrize("norm", ["BATCH", ("GROUP", {"num_groups": 2})])
-def test_monai_unet(norm, rule, standardized):
-    model = monai("UNet", norm, **UNET)
-    widths = {
-        "model.0.conv.unit0.adn.N": (1, 8),
-        "model.1.submodule.1.submodule.conv.unit1.adn.N": (32, 32),
-        # A transposed convolution behind a skip connection: 16 + 32 channels.
-        "model.1.submodule.2.0.adn.N": (48, 8),
-    }
-    check(model, VOLUMES, rule, standardized, 9, widths)
-
-
-@pytest.mark.parametrize("rule, standardized", OPTIONS)
-@pytest.mark.parametrize("norm", ["BATCH", ("GROUP", {"num_groups": 4})])
-def test_monai_basic_unet(norm, rule, standardized):
-    model = monai("BasicUNet", norm, **BASIC_UNET)
-    widths = {
-        "down_4.convs.conv_0.adn.N": (32, 64),
-        "upcat_4.convs.conv_0.adn.N": (64, 32),  # 32 of the encoder's and 32 from below
-    }
-    check(model, VOLUMES, rule, standardized, 18, widths)
-
-
-@pytest.mark.parametrize("rule, standardized", OPTIONS)
-@pytest.mark.parametrize("norm", ["BATCH", ("GROUP", {"num_groups": 8})])
-def test_monai_seg_res_net(norm, rule, standardized):
-    model = monai("SegResNet", norm, **SEG_RES_NET)
-    widths = {
-        "down_layers.2.1.norm1": (16, 32),  # which stands before its block's convolution
-        "up_layers.0.0.norm1": (32, 16),
-        "conv_final.0": (8, 8),
-    }
-    check(model, VOLUMES, rule, standardized, 11, widths)
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(
+    "name, options, groups, count, widths",
+    [
+        (
+            *("UNet", UNET, 2, 9),
+            {
+                "model.0.conv.unit0.adn.N": (1, 8),
+                "model.1.submodule.1.submodule.conv.unit1.adn.N": (32, 32),
+                # A transposed convolution behind a skip connection: 16 + 32 channels.
+                "model.1.submodule.2.0.adn.N": (48, 8),
+            },
+        ),
+        (
+            *("BasicUNet", BASIC_UNET, 4, 18),
+            {
+                "down_4.convs.conv_0.adn.N": (32, 64),
+                "upcat_4.convs.conv_0.adn.N": (64, 32),  # 32 of the encoder's and 32 from below
+            },
+        ),
+        (
+            *("SegResNet", SEG_RES_NET, 8, 11),
+            {
+                "down_layers.2.1.norm1": (16, 32),  # which stands before its block's convolution
+                "up_layers.0.0.norm1": (32, 16),
+                "conv_final.0": (8, 8),
+            },
+        ),
+    ],
+)
+def test_monai(name, options, groups, count, widths, grouped, rule, standardized):
+    norm = ("GROUP", {"num_groups": groups}) if grouped else "BATCH"
+    check(monai(name, norm, **options), VOLUMES, rule, standardized, count, widths)
 
 
 def test_instance_norms_which_monai_has_by_default_stay():

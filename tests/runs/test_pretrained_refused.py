@@ -74,8 +74,9 @@ def test_files_of_mostly_other_tensors(tmp_path):
     TorchvisionCheckpointer(model).load(more, checkpointables=[])
 
 
-def test_a_last_checkpoint_that_is_no_text(tmp_path):
-    (tmp_path / "last_checkpoint").write_bytes(b"\xff\x00")
+@pytest.mark.parametrize("content", [b"\xff\x00", b"", b"\n"])
+def test_a_last_checkpoint_that_names_no_file(tmp_path, content):
+    (tmp_path / "last_checkpoint").write_bytes(content)
     with pytest.raises(ValueError, match="last_checkpoint does not hold the name of a file"):
         TorchvisionCheckpointer(small(), str(tmp_path)).resume_or_load("", resume=True)
 
