@@ -22,6 +22,8 @@ from gnpractical.runs.export import STRIDE, TOLERANCE, export_backbone, export_d
 from gnpractical.runs.output_dir import check_output_dir
 from gnpractical.runs.saved_run import find_run
 
+LEAST_OPSET = 18  # of PyTorch's exporter
+
 
 def parse_args():
     parser = argparse.ArgumentParser(
@@ -35,7 +37,7 @@ def parse_args():
     add("--size", nargs=2, type=int, default=[256, 320], metavar=("H", "W"), help=size)
     keep = "leave group norms of one group as they are, for other programs than TensorRT"
     add("--keep-layer-norm", action="store_true", help=keep)
-    opset = "of ONNX, for a backbone; from 21 on it has GroupNormalization"
+    opset = f"of ONNX, for a backbone, from {LEAST_OPSET} on; from 21 on with GroupNormalization"
     add("--opset", type=int, metavar="N", help=opset)
     tolerance = f"how far the file's outputs may be from the model's, of the largest ({TOLERANCE})"
     add("--tolerance", type=float, default=TOLERANCE, metavar="X", help=tolerance)
@@ -54,6 +56,8 @@ def check(args):
         )
     if args.opset and (args.part == "model" or args.output.suffix == ".pt2"):
         raise ValueError("--opset is for backbones as .onnx; leave it out")
+    if args.opset and not LEAST_OPSET <= args.opset:
+        raise ValueError(f"--opset must be at least {LEAST_OPSET}, got {args.opset}")
     if not args.tolerance > 0:
         raise ValueError(f"--tolerance must be a positive number, got {args.tolerance}")
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
@@ -83,6 +87,11 @@ def main():
             exported = export_backbone(model.backbone, part, args.size, args.opset, args.tolerance)
         else:
             exported = export_detector(saved_model.detector(model), part, args.size, args.tolerance)
+        if args.opset not in (None, exported.opset):
+            raise ValueError(
+                f"{args.output} was not written: the exporter made opset {exported.opset} of it, "
+                f"not {args.opset}"
+            )
         if exported.layer_norms and not args.keep_layer_norm:
             raise ValueError(
                 f"{args.output} was not written: {exported.layer_norms} GroupNormalization nodes "

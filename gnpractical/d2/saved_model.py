@@ -38,7 +38,9 @@ def load_model(run: SavedRun, device: str) -> tuple[nn.Module, Classes, CfgNode]
         )
     cfg = load_config(str(run.description), ["MODEL.DEVICE", device])
     model = Trainer.build_model(cfg)
-    GNPCheckpointer(model).load_all(str(run.weights), checkpointables=[])
+    checkpointer = GNPCheckpointer(model)
+    checkpointer.load_anyway = ""  # it is the training's key
+    checkpointer.load_all(str(run.weights), checkpointables=[])
     return model.eval(), classes_in(run.weights) or _classes(cfg), cfg
 
 

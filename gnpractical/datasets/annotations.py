@@ -67,11 +67,16 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
     undrawable = Problem("mask that cannot be drawn", n)
     bad_box = Problem("box outside its image, or empty", n, MAX_DROPPED)
     bad_mask = Problem("empty mask, or outside its image", n, MAX_DROPPED)
+    tiny = Problem("box of less than a pixel", n, MAX_DROPPED)
+    elsewhere = Problem("box that its mask is not in", n, MAX_DROPPED)
+    textual = Problem("annotation id that is no number", n)
     orphan = Problem("image id without image (ignored)", n, tolerated=0.99)
     for a in annotations:
         name = f"annotation {a['id']}"
         if a["category_id"] not in categories:
             unknown.offenders.append(f"{name} (category {a['category_id']})")
+        if not _is_number(a["id"]):  # which scoring needs
+            textual.offenders.append(name)
         if _is_odd(a):
             odd.offenders.append(f"{name} ({a.get('iscrowd')}, {a.get('area')})")
         image = images.get(a["image_id"])
@@ -79,9 +84,12 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
             orphan.offenders.append(f"{name} (image {a['image_id']})")
             continue
         try:
+            is_odd_box = _is_outside(a["bbox"], image) or max(a["bbox"][2:]) <= 1
             if _is_outside(a["bbox"], image):
                 size = f"{image['width']}x{image['height']}"
                 bad_box.offenders.append(f"{name} {a['bbox']} in {size}")
+            elif is_odd_box:  # as all are that are shares of the image's size
+                tiny.offenders.append(f"{name} {a['bbox']}")
             # Without masks, as data of boxes alone are, there is nothing to be empty.
             mask = a.get("segmentation")
             if isinstance(mask, dict) and list(mask["size"]) != [image["height"], image["width"]]:
@@ -91,13 +99,16 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
                 undrawable.offenders.append(f"{name} ({reason})")
             elif mask and _is_empty(mask, image):
                 bad_mask.offenders.append(name)
+            elif mask and not is_odd_box and not _is_in(mask, a["bbox"], image):
+                elsewhere.offenders.append(f"{name} {a['bbox']}")
         except (KeyError, TypeError, ValueError, IndexError) as e:
             raise ValueError(f"{name} is malformed: {type(e).__name__}: {e}") from e
     repeated = [_repeated(data, key) for key in ("annotations", "images", "categories")]
     # Their numbers tell them apart.
     repeated.append(_repeated(data, "categories", "name", tolerated=1.0))
     missing = _missing_files([i["file_name"] for i in images.values()], files, "image")
-    problems = [unknown, odd, *repeated, missing, bad_size, undrawable, bad_box, bad_mask, orphan]
+    problems = [unknown, odd, textual, *repeated, missing, bad_size, undrawable]
+    problems += [bad_box, tiny, bad_mask, elsewhere, orphan]
     return [p for p in problems if p.offenders]
 
 
@@ -227,6 +238,26 @@ def _is_empty(segmentation: Any, image: Json) -> bool:
         and max(p[1::2]) > 0
         for p in segmentation
     )
+
+
+def _is_in(segmentation: Any, box: list[float], image: Json) -> bool:
+    """Whether the middle of a mask's extent is in a box, or less than a pixel beside it."""
+    if isinstance(segmentation, dict):
+        rle = to_rle(segmentation, image["height"], image["width"])
+        x0, y0, width, height = coco_mask.toBbox(rle).tolist()
+        middle = x0 + width / 2, y0 + height / 2
+    else:  # polygons
+        extents = [[c for polygon in segmentation for c in polygon[axis::2]] for axis in (0, 1)]
+        middle = tuple((min(values) + max(values)) / 2 for values in extents)
+    return all(box[i] - 1 <= middle[i] <= box[i] + box[i + 2] + 1 for i in (0, 1))
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (ValueError, OverflowError):
+        return False
+    return True
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> Json:

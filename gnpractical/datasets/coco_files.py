@@ -100,6 +100,8 @@ def check_annotations(
                         f"{files['json_file']}: {len(lacking)} of {len(data['annotations'])} "
                         f"annotations have no {key!r}, first {lacking[0]}. {_NEEDED[key]}"
                     )
+        if not training and not instances:
+            logger.warning("%s has no annotations: there is nothing to score", files["json_file"])
     if "panoptic_json" in files:
         data = read_json(files["panoptic_json"])
         present = _existing(files["panoptic_root"], data.get("annotations"))

@@ -92,7 +92,7 @@ class GroupCheckpointer(Checkpointer):
         raise NotImplementedError
 
     whole_model_advice = ""  # what to do when a file lacks a part of the model
-    load_anyway = ""  # what to change so that a file is loaded though it does not match
+    load_anyway = ""  # what to change so that a file is loaded though it does not match, if any
     _needs_all = False  # whether everything of the model has to be in the file
     _backbone_only = False  # whether a file's ResNet is wanted, and nothing else of it
 
@@ -287,6 +287,7 @@ class GroupCheckpointer(Checkpointer):
 
     def _complain(self, message: str) -> None:
         if self._mismatch == "error":
-            raise GroupMismatch(f"{message} To load it all the same: {self.load_anyway}.")
+            anyway = f" To load it all the same: {self.load_anyway}." if self.load_anyway else ""
+            raise GroupMismatch(message + anyway)
         if self._mismatch == "warn":
             logger.warning(message)

@@ -32,7 +32,9 @@ def load_model(run: SavedRun, device: str) -> tuple[nn.Module, Classes]:
         model = build(options, len(classes["things"]), len(classes["stuff"])).to(device)
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{run.description} are not this script's options: {e}") from e
-    TorchvisionCheckpointer(model).load_all(str(run.weights), checkpointables=[])
+    checkpointer = TorchvisionCheckpointer(model)
+    checkpointer.load_anyway = ""  # it is the training's option
+    checkpointer.load_all(str(run.weights), checkpointables=[])
     require_measured(model, str(run.weights))
     return model.eval(), classes
 

@@ -12,6 +12,7 @@ from PIL import Image
 from gnpractical.d2.datasets import register_shapes
 from gnpractical.d2.mapper import CheckedMapper
 from gnpractical.d2.preflight import check_datasets
+from gnpractical.datasets.coco_files import check_annotations
 from gnpractical.datasets.panoptic import read_json
 
 NAME = "gnp_shapes_train"
@@ -123,6 +124,18 @@ def test_semantic_pngs_of_other_annotations(tiny_cfg, own_copy):
     Image.new("L", (160, 120)).save(path)
     text = message(tiny_cfg())
     assert f"{path} is not what its panoptic PNG makes; run: python tools/prepare" in text
+
+
+def test_nothing_to_score_is_told(own_copy, caplog):
+    path = own_copy / "annotations" / "instances_val.json"
+    data = json.loads(path.read_text())
+    for annotations in ([], None):
+        data["annotations"] = annotations
+        path.write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
+        files = {"image_root": str(own_copy / "val"), "json_file": str(path)}
+        check_annotations("val", files, "", training=False)
+        assert f"{path} has no annotations: there is nothing to score" in caplog.text
+        caplog.clear()
 
 
 def test_harmless_problems_are_logged(tiny_cfg, own_copy, caplog):

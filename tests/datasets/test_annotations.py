@@ -40,6 +40,14 @@ def test_sound_annotations_have_no_problems():
         ({"bbox": [1, 1, 2, float("nan")]}, "box outside", "annotation 9"),
         ({"bbox": [1, 1, float("inf"), 2]}, "box outside", "annotation 9"),
         ({"segmentation": [[1.0, 2.0]]}, "empty mask", "annotation 9"),
+        ({"bbox": [0.1, 0.1, 0.2, 0.4]}, "box of less than a pixel", "annotation 9 [0.1, 0.1"),
+        ({"bbox": [40, 5, 10, 10]}, "box that its mask is not in", "annotation 9 [40, 5, 10, 10]"),
+        (
+            {"bbox": [40, 5, 10, 10], "segmentation": {"size": [50, 100], "counts": [0, 90, 4910]}},
+            "box that its mask is not in",
+            "annotation 9 [40, 5, 10, 10]",
+        ),
+        ({"id": "a0"}, "annotation id that is no number", "annotation a0"),
         ({"segmentation": [[1e8, 2.0] * 4]}, "mask that cannot be drawn", "between -400 and 400"),
         ({"segmentation": [[1.0, float("nan")] * 4]}, "mask that cannot be drawn", "coordinates"),
         (
@@ -82,7 +90,8 @@ def test_compressed_run_lengths_are_those_that_pycocotools_writes():
         mask = (rng.random((50, 100)) < share).astype(np.uint8)
         rle = coco_mask.encode(np.asfortranarray(mask))
         data = sound()
-        data["annotations"][0]["segmentation"] = {"size": [50, 100], "counts": rle["counts"]}
+        mask_of_all = {"size": [50, 100], "counts": rle["counts"]}
+        data["annotations"][0] |= {"segmentation": mask_of_all, "bbox": [0, 0, 100, 50]}
         kinds = [problem.kind for problem in check_instances(data)]
         assert kinds == ([] if share else ["empty mask, or outside its image"])
         assert sum(_runs(rle["counts"])) == 5000
@@ -90,7 +99,13 @@ def test_compressed_run_lengths_are_those_that_pycocotools_writes():
 
 
 @pytest.mark.parametrize(
-    "change", [{"bbox": [81, 31, 20, 20]}, {"segmentation": []}, {"segmentation": None}]
+    "change",
+    [
+        {"bbox": [81, 31, 20, 20], "segmentation": [[81, 31, 101, 31, 101, 51]]},
+        {"segmentation": []},
+        {"segmentation": None},
+        {"bbox": [5, 5, 60, 40]},  # with what is hidden
+    ],
 )
 def test_boxes_that_overhang_and_data_without_masks_are_fine(change):
     data = sound()

@@ -22,7 +22,7 @@ INSTANCES = {
             "id": i,
             "image_id": 1 + i % 3,
             "category_id": (3, 8)[i % 2],
-            "bbox": [1.0, 2.0, 10.0, 12.0],
+            "bbox": [0.0, 0.0, 40.0, 30.0],
             "iscrowd": 0,
             "segmentation": mask,
         }

@@ -40,6 +40,7 @@ CHANGES = {
         "no file_name": drop("images", "file_name"),
         "no width": drop("images", "width"),
         "one id": each("annotations", id=1),
+        "ids of text": lambda data: [a.update(id=f"a{a['id']}") for a in data["annotations"]],
         "one image id": each("images", id=1),
         "unknown category": each("annotations", category_id=99),
         "category list": each("annotations", category_id=[1]),
@@ -55,6 +56,7 @@ CHANGES = {
             for box in (
                 *([], [1, 2, 3], ["a"] * 4, None, 5, [math.nan] * 4, [0, 0, math.inf, 9]),
                 *([0, 0, 0, 0], [0, 0, -5, 5], [900, 900, 5, 5], [1e30] * 4),
+                *([0.1, 0.1, 0.2, 0.2], [0, 0, 3, 3]),
             )
         },
         **{

@@ -137,6 +137,7 @@ def test_bad_input(run_folder, export, tmp_path):
         ),
         (run_folder, path, ("--size", 0, 64), "--size must be multiples of 32"),
         (run_folder, tmp_path / "m.pt2", ("--part", "model"), "Write the whole model as .onnx"),
+        (run_folder, path, ("--opset", 17), "--opset must be at least 18, got 17"),
         (tmp_path / "gone", path, (), "gone does not exist"),
         (run_folder, run_folder / "model_final.pth" / "m.onnx", (), "--output"),
         (run_folder, tmp_path / "m.pt2", ("--opset", 21), "--opset is for backbones as .onnx"),
