@@ -87,11 +87,6 @@ def main():
             exported = export_backbone(model.backbone, part, args.size, args.opset, args.tolerance)
         else:
             exported = export_detector(saved_model.detector(model), part, args.size, args.tolerance)
-        if args.opset not in (None, exported.opset):
-            raise ValueError(
-                f"{args.output} was not written: the exporter made opset {exported.opset} of it, "
-                f"not {args.opset}"
-            )
         if exported.layer_norms and not args.keep_layer_norm:
             raise ValueError(
                 f"{args.output} was not written: {exported.layer_norms} GroupNormalization nodes "

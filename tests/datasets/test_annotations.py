@@ -98,6 +98,15 @@ def test_compressed_run_lengths_are_those_that_pycocotools_writes():
         assert sum(_runs(rle["counts"])[1::2]) == mask.sum()
 
 
+def test_a_mask_of_run_lengths_in_its_box():
+    mask = np.zeros((50, 100), np.uint8)
+    mask[30:40, 80:95] = 1
+    rle = coco_mask.encode(np.asfortranarray(mask))
+    data = sound()
+    data["annotations"][0] |= {"segmentation": rle, "bbox": [80, 30, 15, 10]}
+    assert check_instances(data) == []
+
+
 @pytest.mark.parametrize(
     "change",
     [
