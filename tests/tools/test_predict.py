@@ -123,7 +123,7 @@ def test_bad_input(run_folder, predict, places, tmp_path):
         ((run_folder, picture, "--threshold", "2"), "--threshold must be between 0 and 1, got 2"),
         ((run_folder, tmp_path / "out"), "there is no picture in this folder"),
     ]
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out").mkdir(exist_ok=True)
     for (weights, picture, *options), expected in cases:
         code, printed = predict(weights, picture, options=options)
         line = printed.splitlines()[-1]
