@@ -103,12 +103,12 @@ def test_bad_input(run_folder, predict, places, tmp_path):
     (lazy / "config.yaml").write_text("model:\n  _target_: detectron2.modeling.PanopticFPN\n")
     other = tmp_path / "other"
     shutil.copytree(run_folder, other)
-    for path in (other / "options.json", other / "config.yaml"):
-        if path.exists():
-            path.write_text(path.read_text().replace("GN_PRACTICAL", "GN_1"))
-    code, text = predict(other, picture)
-    assert code == 1 and "model_final.pth was trained with other group counts" in text
-    assert "To load it all the same" not in text  # by options that this tool does not have
+    for options in (other / "options.json", other / "config.yaml"):
+        if options.exists():
+            options.write_text(options.read_text().replace("GN_PRACTICAL", "GN_1"))
+    code, printed = predict(other, picture)
+    assert code == 1 and "model_final.pth was trained with other group counts" in printed
+    assert "To load it all the same" not in printed  # by options that this tool does not have
     empty = tmp_path / "empty"
     empty.mkdir()
     cases = [
