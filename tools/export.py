@@ -54,10 +54,8 @@ def check(args):
             "--part model: torch.export does not take non-maximum suppression. Write the whole "
             "model as .onnx, or --part backbone as .pt2"
         )
-    if args.opset and (args.part == "model" or args.output.suffix == ".pt2"):
+    if args.opset is not None and (args.part == "model" or args.output.suffix == ".pt2"):
         raise ValueError("--opset is for backbones as .onnx; leave it out")
-    if args.opset and not LEAST_OPSET <= args.opset:
-        raise ValueError(f"--opset must be at least {LEAST_OPSET}, got {args.opset}")
     if not args.tolerance > 0:
         raise ValueError(f"--tolerance must be a positive number, got {args.tolerance}")
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
@@ -66,6 +64,13 @@ def check(args):
             f"to write {args.output} takes the package {' and '.join(missing)}, not installed "
             f"here: pip install onnx onnxscript onnxruntime, or write a .pt2"
         )
+    if args.opset is not None:
+        from onnx.defs import onnx_opset_version
+
+        if not LEAST_OPSET <= args.opset <= onnx_opset_version():
+            raise ValueError(
+                f"--opset must be from {LEAST_OPSET} to {onnx_opset_version()}, got {args.opset}"
+            )
     check_output_dir(str(args.output.parent), "--output")
 
 

@@ -13,15 +13,15 @@ import json
 from functools import partial
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from gnpractical.datasets.own_images import find_images, output_names, read_pixels
 from gnpractical.datasets.panoptic_evaluation import panoptic_prediction
 from gnpractical.datasets.predictions import draw
+from gnpractical.runs.device import resolve_device
 from gnpractical.runs.errors import in_one_line
-from gnpractical.runs.output_dir import check_output_dir, write_text
+from gnpractical.runs.output_dir import RUN_FILE, check_output_dir, claim_output_dir, write_text
 from gnpractical.runs.saved_run import find_run
 
 
@@ -36,7 +36,7 @@ def parse_args():
     threshold = "what instances must score to be drawn and written (0.5); 0 to compute AP"
     add("--threshold", type=float, default=0.5, metavar="X", help=threshold)
     add("--json", action="store_true", help="write COCO's results, too")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", metavar="NAME", help="cuda, cpu, ...; default: cuda where there is one")
     return parser.parse_args()
 
 
@@ -98,9 +98,11 @@ def main():
     args = parse_args()
     if not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold must be between 0 and 1, got {args.threshold}")
-    run, paths = find_run(args.weights), find_images(args.input, args.output)
+    run, paths = find_run(args.weights), find_images(args.input, args.output, RUN_FILE)
+    device = resolve_device(args.device)
     check_output_dir(str(args.output), "--output")
-    predict_one, names = load(run, args.device)
+    claim_output_dir(args.output, "--output")
+    predict_one, names = load(run, str(device))
     results = predict(args, paths, predict_one, names)
     if args.json:
         write_json(args.output, names, *results)

@@ -19,7 +19,8 @@ MIN_DROPPED = 3  # in a small data set a few are more than that share and still 
 # What some keys must hold; other tools write ids as strings or as 1.0.
 _ID = (int, float, str)
 _KINDS: dict[str, Any] = dict.fromkeys(("id", "image_id", "category_id"), _ID)
-_KINDS |= {"file_name": str, "segments_info": list, "name": str}
+_KINDS |= {"file_name": str, "segments_info": list, "name": str, "bbox": list}
+_KINDS |= dict.fromkeys(("height", "width"), int)
 
 
 @dataclass
@@ -57,7 +58,8 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
     Raises:
         ValueError: The JSON is not of COCO's form. The message says where.
     """
-    images = {i["id"]: i for i in _entries(data, "images", "id", "file_name")}
+    of_images = ("id", "file_name", "height", "width")
+    images = {i["id"]: i for i in _entries(data, "images", *of_images)}
     categories = {c["id"] for c in _entries(data, "categories", "id", "name")}
     annotations = _entries(data, "annotations", "id", "image_id", "category_id", "bbox")
     n = len(annotations)
@@ -153,6 +155,10 @@ def _entries(data: Any, key: str, *required: str, of: str = "the JSON") -> list[
                 raise ValueError(f"{key}[{i}] of {of} has no {k!r}: {str(entry)[:80]}")
             if not isinstance(entry[k], _KINDS.get(k, object)) or isinstance(entry[k], bool):
                 raise ValueError(f"{key}[{i}] of {of} has an odd {k!r}: {str(entry)[:80]}")
+            if k == "bbox" and [isinstance(v, int | float) for v in entry[k]] != 4 * [True]:
+                raise ValueError(f"{key}[{i}] of {of} has a 'bbox' of no four numbers: {entry[k]}")
+    if len({isinstance(entry["id"], str) for entry in entries if "id" in required}) > 1:
+        raise ValueError(f"ids in {key!r} of {of} are partly numbers, partly text")
     return entries
 
 

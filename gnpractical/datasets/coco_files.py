@@ -93,6 +93,11 @@ def check_annotations(
             present = _existing(files.get("image_root"), data.get("images"))
             refused += _refused(check_instances, files["json_file"], data, present)
             instances = data["annotations"]
+            if training and instances and all(a.get("iscrowd") for a in instances):
+                raise ValueError(
+                    f"{files['json_file']}: all {len(instances)} annotations are crowds (iscrowd "
+                    f"1), on which nothing is trained"
+                )
             for key in needed:
                 lacking = [a["id"] for a in data["annotations"] if not _has(a, key)]
                 if lacking:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -13,15 +14,19 @@ from PIL import Image
 
 from gnpractical.datasets.panoptic import read_image
 
+logger = logging.getLogger(__name__)
+
 _MAX_RATIO = 200  # of the sides
 
 
-def find_images(inputs: Sequence[str], output: Path) -> list[Path]:
+def find_images(inputs: Sequence[str], output: Path, run_file: str) -> list[Path]:
     """The files that ``inputs`` mean, each once, sorted; none of what is below ``output``.
 
     Args:
         inputs: Files, folders (of which the pictures in them, by their suffix, are meant, in
             subfolders too) and patterns such as ``photos/*.jpg``.
+        run_file: What lies in folders of runs, whose pictures are predictions and are left out with
+            a warning, unless the folder is one of ``inputs``.
 
     Raises:
         ValueError: One of them means no file, or all files are below ``output``.
@@ -31,7 +36,15 @@ def find_images(inputs: Sequence[str], output: Path) -> list[Path]:
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            files = [f for f in path.rglob("*") if f.suffix.lower() in suffixes and f.is_file()]
+            # Pipes and dangling links are among them, to be named where they are read.
+            files = [f for f in path.rglob("*") if f.suffix.lower() in suffixes and not f.is_dir()]
+            runs = {f.parent for f in path.rglob(run_file)} - {path}
+            of_runs = {f for f in files if not runs.isdisjoint(f.parents)}
+            if of_runs:
+                logger.warning(
+                    "%s: %d pictures in folders of runs are left out", path, len(of_runs)
+                )
+            files = [f for f in files if f not in of_runs]
             missing = f"--input {text!r}: there is no picture in this folder"
         else:
             files = [path] if path.is_file() else [Path(f) for f in glob.glob(text, recursive=True)]

@@ -22,6 +22,8 @@ from tqdm.contrib.concurrent import thread_map
 
 VOID = 0
 IGNORE_LABEL = 255
+# Of an image's longer side: tools round boxes, or let them end at another pixel.
+BOX_TOLERANCE = 0.05
 
 Json = dict[str, Any]
 
@@ -107,7 +109,8 @@ def panoptic_to_semantic(ids: np.ndarray, segments: list[Json], labels: dict[int
     """Semantic labels (H, W) uint8 of segment ids; void becomes 255.
 
     Raises:
-        ValueError: A pixel's id has no segment, or a segment's category is unknown.
+        ValueError: A pixel's id has no segment, a segment's category is unknown, or a segment is
+            elsewhere in the PNG than its ``bbox``: the PNG is of another image, or mirrored.
     """
     present, inverse = np.unique(ids, return_inverse=True)
     label_of_id = {VOID: IGNORE_LABEL}
@@ -118,8 +121,38 @@ def panoptic_to_semantic(ids: np.ndarray, segments: list[Json], labels: dict[int
     missing = sorted(set(present.tolist()) - label_of_id.keys())
     if missing:
         raise ValueError(f"ids in the PNG that the JSON does not have: {missing[:5]}")
+    numbers = inverse.reshape(ids.shape)
+    _check_boxes(segments, present.tolist(), numbers)
     labels_present = np.array([label_of_id[i] for i in present.tolist()], dtype=np.uint8)
-    return labels_present[inverse].reshape(ids.shape)
+    return labels_present[numbers]
+
+
+def _check_boxes(segments: list[Json], present: list[int], numbers: np.ndarray) -> None:
+    """Compare segments' boxes with ``numbers`` (H, W), those of the ids that are ``present``."""
+    height, width = numbers.shape
+    in_row = np.zeros((len(present), height), bool)
+    in_row[numbers, np.arange(height)[:, None]] = True
+    in_column = np.zeros((len(present), width), bool)
+    in_column[numbers, np.arange(width)] = True
+    for segment in segments:
+        box = segment.get("bbox")
+        if box is None or segment["id"] not in present:
+            continue
+        number = present.index(segment["id"])
+        xs, ys = np.flatnonzero(in_column[number]), np.flatnonzero(in_row[number])
+        found = [int(v) for v in (xs[0], ys[0], xs[-1] - xs[0] + 1, ys[-1] - ys[0] + 1)]
+        try:
+            is_there = all(
+                abs(a - b) <= BOX_TOLERANCE * max(numbers.shape)
+                for a, b in zip(found, box, strict=True)
+            )
+        except (TypeError, ValueError):
+            is_there = False
+        if not is_there:
+            raise ValueError(
+                f"segment {segment['id']} has the box {found} in the PNG, but the bbox {box} in "
+                f"the JSON"
+            )
 
 
 def prepare_semantic(

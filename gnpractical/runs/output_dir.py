@@ -22,6 +22,7 @@ from gnpractical.measure.layer_report import format_report, group_report
 
 logger = logging.getLogger(__name__)
 
+RUN_FILE = ".lock"  # in every folder that a run has claimed
 _ORPHAN_SECONDS = 15
 _claimed: dict[Path, BaseFileLock] = {}  # held until the process ends
 
@@ -58,7 +59,7 @@ def claim_output_dir(output_dir: str | Path, option: str) -> None:
     if folder in _claimed:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    path, me = folder / ".lock", f"process {os.getpid()} on {socket.gethostname()}"
+    path, me = folder / RUN_FILE, f"process {os.getpid()} on {socket.gethostname()}"
     lock = FileLock(path)
     try:
         try:

@@ -15,7 +15,7 @@ from gnpractical.runs.saved_run import SavedRun
 from gnpractical.tv.checkpoint import TorchvisionCheckpointer, require_measured
 from gnpractical.tv.evaluation import to_prediction
 from gnpractical.tv.panoptic_fpn import PanopticFPN
-from gnpractical.tv.run import RunOptions, build
+from gnpractical.tv.run import RunOptions, build, check_numbers
 
 
 def load_model(run: SavedRun, device: str) -> tuple[nn.Module, Classes]:
@@ -29,8 +29,9 @@ def load_model(run: SavedRun, device: str) -> tuple[nn.Module, Classes]:
         raise ValueError(f"{run.weights} does not record the classes of its model")
     try:
         options = RunOptions(**json.loads(run.description.read_text()))
+        check_numbers(options)
         model = build(options, len(classes["things"]), len(classes["stuff"])).to(device)
-    except (KeyError, TypeError, ValueError) as e:
+    except (IndexError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{run.description} are not this script's options: {e}") from e
     checkpointer = TorchvisionCheckpointer(model)
     checkpointer.load_anyway = ""  # it is the training's option

@@ -128,10 +128,12 @@ def test_boxes_that_overhang_and_data_without_masks_are_fine(change):
         (lambda d: d.pop("categories"), "the JSON has no 'categories'"),
         (lambda d: d.update(images={}), "no 'images' that is a list, but {}"),
         (lambda d: d["annotations"][0].pop("bbox"), r"annotations\[0\] .*no 'bbox': {'id': 9"),
-        (lambda d: d["annotations"][0].update(bbox=[1, 2]), "annotation 9 is malformed"),
-        (lambda d: d["annotations"][0].update(bbox="1 2 3 4"), "annotation 9 is malformed"),
+        (lambda d: d["annotations"][0].update(bbox=[1, 2]), r"no four numbers: \[1, 2\]"),
+        (lambda d: d["annotations"][0].update(bbox="1 2 3 4"), "has an odd 'bbox': {'id': 9"),
         (lambda d: d["annotations"].append("x"), r"annotations\[1\] of the JSON has no 'id': x"),
-        (lambda d: d["images"][0].pop("width"), "annotation 9 is malformed.*width"),
+        (lambda d: d["images"][0].pop("width"), r"images\[0\] of the JSON has no 'width'"),
+        (lambda d: d["images"][0].update(width=160.0), r"images\[0\] .* has an odd 'width'"),
+        (lambda d: d["images"].append(d["images"][0] | {"id": "2"}), "numbers, partly text"),
     ],
 )
 def test_json_that_is_not_of_cocos_form(spoil, message):

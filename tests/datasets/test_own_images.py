@@ -17,11 +17,21 @@ def folder(tmp_path):
 
 def test_files_folders_and_patterns(folder):
     def found(*inputs):
-        return [str(p.relative_to(folder)) for p in find_images(inputs, folder / "out")]
+        paths = find_images(inputs, folder / "out", ".lock")
+        return [str(p.relative_to(folder)) for p in paths]
 
     assert found(str(folder)) == ["a.jpg", "b.PNG", "sub/a.jpg"]
     assert found(f"{folder}/*.jpg", f"{folder}/sub", f"{folder}/a.jpg") == ["a.jpg", "sub/a.jpg"]
     assert found(f"{folder}/notes.txt") == ["notes.txt"]  # named itself, it is tried
+
+
+def test_pictures_of_runs_are_left_out(folder, caplog):
+    (folder / "sub" / ".lock").write_text("")
+    (folder / "dangling.png").symlink_to(folder / "gone.png")  # to be named by the reader
+    names = [p.name for p in find_images([str(folder)], folder / "out", ".lock")]
+    assert names == ["a.jpg", "b.PNG", "dangling.png"]
+    assert "1 pictures in folders of runs are left out" in caplog.text
+    assert find_images([str(folder / "sub")], folder / "out", ".lock") == [folder / "sub/a.jpg"]
 
 
 def test_no_name_twice():

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from helpers.forked_tool import ONE_STEP
-from PIL import Image
+from PIL import Image, ImageOps
 
 pytest.importorskip("torchvision", reason="torchvision is not installed")
 pytest.importorskip("tensorboard", reason="tensorboard is not installed")
@@ -42,14 +42,17 @@ CHANGES = {
         "one id": each("annotations", id=1),
         "ids of text": lambda data: [a.update(id=f"a{a['id']}") for a in data["annotations"]],
         "one image id": each("images", id=1),
+        "image ids partly text": lambda data: data["images"][0].update(id="1"),
         "unknown category": each("annotations", category_id=99),
         "category list": each("annotations", category_id=[1]),
         **{f"iscrowd {c}": each("annotations", iscrowd=c) for c in ("0", None, [], 2, 0.5)},
         **{f"area {a}": each("annotations", area=a) for a in ("12", None, -5, math.nan)},
+        "all crowds": each("annotations", iscrowd=1),
         "file gone": each("images", file_name="gone.jpg"),
         "file number": each("images", file_name=7),
         "size 0": each("images", width=0, height=0),
         "size text": each("images", width="wide"),
+        "size float": each("images", width=160.0),
         "other size": each("images", width=161),
         **{
             f"bbox {box}": each("annotations", bbox=box)
@@ -109,6 +112,7 @@ PICTURES = {  # what every picture in a folder becomes
     "labels of other size": ("panoptic_stuff_train", Image.new("L", (160, 99))),
     "labels void": ("panoptic_stuff_train", Image.new("L", (160, 120), 255)),
     "labels of a palette": ("panoptic_stuff_train", Image.new("P", (160, 120))),
+    "segments mirrored": ("panoptic_train", ImageOps.mirror),
     "labels out of range": ("panoptic_stuff_train", Image.new("L", (160, 120), 77)),
 }
 DATA = [(kind, name) for kind in CHANGES for name in (*CHANGES[kind], *TEXTS)]
@@ -124,7 +128,9 @@ def test_data(refused, places, tmp_path, tool, kind, name):
     if kind == "pictures":
         where, content = PICTURES[name]
         for path in (folder / where).iterdir():
-            if isinstance(content, bytes):
+            if callable(content):
+                content(Image.open(path)).save(path)
+            elif isinstance(content, bytes):
                 path.write_bytes(content)
             else:
                 content.save(path, format="PNG")

@@ -77,9 +77,7 @@ def test_pictures_of_all_kinds(run_folder, predict, places, tmp_path):
     for name in ("cut.jpg", "text.jpg", "thin.png", "float.tiff"):
         assert f"skipped: {folder / name}: " in text
     assert "11 pictures with" in text and "4 files were skipped" in text
-    written = {
-        str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()
-    }
+    written = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.jpg")}
     names = {"L", "LA", "RGBA", "P", "1", "CMYK", "16", "exif", "same.jpg", "same.png", "sub/same"}
     assert written == {f"{name}.jpg" for name in names}
     assert {Image.open(tmp_path / "out" / name).size for name in written} == {(160, 120)}
@@ -97,6 +95,13 @@ def test_bad_input(run_folder, predict, places, tmp_path):
     for name in ("options.json", "config.yaml"):
         if (damaged / name).exists():
             (damaged / name).write_text("{")
+    odd = tmp_path / "odd"
+    shutil.copytree(run_folder, odd)
+    if (odd / "options.json").exists():
+        options = json.loads((odd / "options.json").read_text())
+        (odd / "options.json").write_text(json.dumps(options | {"min_size": "large"}))
+    else:
+        (odd / "config.yaml").write_text("INPUT: {MIN_SIZE_TEST: large}")
     lazy = tmp_path / "lazy"
     shutil.copytree(run_folder, lazy)
     (lazy / "options.json").unlink(missing_ok=True)
@@ -117,11 +122,13 @@ def test_bad_input(run_folder, predict, places, tmp_path):
         ((moved, picture), "has neither options.json"),
         ((damaged, picture), str(damaged)),
         ((lazy, picture), "config.yaml is a LazyConfig"),
+        ((odd, picture), str(odd)),
         ((run_folder, tmp_path / "*.gif"), "nor a file of this pattern"),
         ((run_folder, empty), "there is no picture in this folder"),
         ((run_folder, text), "none of the 1 files could be read"),
         ((run_folder, picture, "--threshold", "2"), "--threshold must be between 0 and 1, got 2"),
         ((run_folder, tmp_path / "out"), "there is no picture in this folder"),
+        ((run_folder, picture, "--device", "gpu9"), "--device must be a device of this machine"),
     ]
     (tmp_path / "out").mkdir(exist_ok=True)
     for (weights, picture, *options), expected in cases:

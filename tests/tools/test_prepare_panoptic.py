@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from gnpractical.datasets.shapes import make_shapes
 
@@ -40,6 +40,14 @@ def test_bad_annotations_in_one_line(folder, tmp_path, error_of):
     args = ["--root", tmp_path / "copy", "--output", tmp_path / "out", "--splits", "val"]
     assert "1 of 2 annotations are not usable" in error_of(TOOL, *args)
     assert len(list((tmp_path / "out" / "panoptic_stuff_val").iterdir())) == 1
+
+
+def test_a_png_turned_round(folder, tmp_path, error_of):
+    shutil.copytree(folder, tmp_path / "copy")
+    path = next((tmp_path / "copy" / "panoptic_val").iterdir())
+    ImageOps.mirror(Image.open(path)).save(path)
+    line = error_of(TOOL, "--root", tmp_path / "copy", "--splits", "val")
+    assert f"{path.name}: segment " in line and "in the PNG, but the bbox [" in line
 
 
 @pytest.mark.parametrize(
