@@ -25,3 +25,13 @@ def tiny_panoptic():
         )
 
     return build
+
+
+@pytest.fixture
+def dataset(datasets_dir):
+    """The training images of gnp_shapes with their panoptic annotations."""
+    from gnpractical.datasets.coco_files import split_files
+    from gnpractical.tv.datasets import CocoImages
+
+    files = split_files(str(datasets_dir / "gnp_shapes"), "train")
+    return CocoImages(files, panoptic=True, train=True)

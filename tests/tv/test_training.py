@@ -7,13 +7,12 @@ pytest.importorskip("torchvision", reason="torchvision is not installed")
 pytest.importorskip("tensorboard", reason="tensorboard is not installed")
 
 import torch
+from helpers.short_recipe import recipe
 
 from gnpractical import group_report
-from gnpractical.datasets.coco_files import split_files
 from gnpractical.runs.carry_over import match_loaded
 from gnpractical.runs.group_record import RECORD_KEY, GroupMismatch
 from gnpractical.tv.checkpoint import TorchvisionCheckpointer
-from gnpractical.tv.datasets import CocoImages
 from gnpractical.tv.training import (
     TrainingRecipe,
     _lr_factor,
@@ -21,17 +20,6 @@ from gnpractical.tv.training import (
     _shuffled,
     train,
 )
-
-
-@pytest.fixture
-def dataset(datasets_dir):
-    files = split_files(str(datasets_dir / "gnp_shapes"), "train")
-    return CocoImages(files, panoptic=True, train=True)
-
-
-def recipe(iterations, **options):
-    defaults = {"batch_size": 2, "lr": 0.005, "warmup": 1, "workers": 0, "checkpoint_period": 2}
-    return TrainingRecipe(iterations=iterations, **defaults | options)
 
 
 def metrics_of(folder):

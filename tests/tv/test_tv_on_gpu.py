@@ -12,29 +12,18 @@ pytest.importorskip("tensorboard", reason="tensorboard is not installed")
 
 import torch
 import torch.distributed as dist
+from helpers.short_recipe import recipe
 from torch import nn
 from torch.utils.data import DataLoader
 
-from gnpractical.datasets.coco_files import split_files
 from gnpractical.runs.accumulation import Accumulated
 from gnpractical.tv import training
-from gnpractical.tv.datasets import CocoImages, collate
-from gnpractical.tv.training import TrainingRecipe, train
+from gnpractical.tv.datasets import collate
+from gnpractical.tv.training import train
 
 pytestmark = pytest.mark.gpu
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def dataset(datasets_dir):
-    files = split_files(str(datasets_dir / "gnp_shapes"), "train")
-    return CocoImages(files, panoptic=True, train=True)
-
-
-def recipe(iterations, **options):
-    defaults = {"batch_size": 2, "lr": 0.005, "warmup": 1, "workers": 0, "checkpoint_period": 2}
-    return TrainingRecipe(iterations=iterations, **defaults | options)
 
 
 def saved(folder):
