@@ -25,6 +25,7 @@ from importlib.util import find_spec
 
 import torch
 from tabulate import tabulate
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = ("panoptic_fpn", "faster_rcnn")
@@ -34,6 +35,7 @@ CPU_SETTINGS = [("float32", False)]
 GPU_SETTINGS = [("float32", False), ("bfloat16", False), ("bfloat16", True)]
 FRAMEWORKS = [name for name in ("torchvision", "detectron2") if find_spec(name)]
 LARGE, BOXES = (800, 1333), 8
+PROPOSALS_ON_CPU = 64  # an image; 512 on a GPU
 FLOATS = (*5 * ("",), *4 * (".3f",), ".1%", ".0f", ".4f")
 # Names of the profiler's operations that are norms.
 _NORM_OPERATIONS = ("native_group_norm", "native_batch_norm", "cudnn_batch_norm")
@@ -60,10 +62,12 @@ def torchvision_model(kind, norm, standardized, size, device, small):
 
     options = {"norm": norm, "weight_standardization": standardized}
     options |= {"min_size": min(size), "max_size": max(size), "depth": 18 if small else 50}
+    if device == "cpu":
+        options["box_batch_size_per_image"] = PROPOSALS_ON_CPU
     if kind == "panoptic_fpn":
-        model = panoptic_fpn_resnet(**options, **(quick.panoptic_fpn() if small else {}))
+        model = panoptic_fpn_resnet(**(quick.panoptic_fpn() if small else {}) | options)
     else:
-        model = fasterrcnn_resnet_fpn(**options, **(quick.faster_rcnn() if small else {}))
+        model = fasterrcnn_resnet_fpn(**(quick.faster_rcnn() if small else {}) | options)
     batch = [{k: v.to(device) for k, v in target.items()} for target in _targets(size)]
     images = [target.pop("image").float() / 255 for target in batch]
     return model.to(device), (images, batch), (images[:1],)
@@ -82,8 +86,10 @@ def detectron2_model(kind, norm, standardized, size, device, small):
     options += ["MODEL.RESNETS.DEPTH", "18" if small else "50", "MODEL.RESNETS.NORM", norm]
     if small:
         options += ["MODEL.RESNETS.RES2_OUT_CHANNELS", "64", "MODEL.FPN.OUT_CHANNELS", "32"]
-        options += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "64"]
         options += ["MODEL.ROI_BOX_HEAD.CONV_DIM", "32", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32"]
+        options += ["MODEL.ROI_BOX_HEAD.FC_DIM", "64"]
+    if device == "cpu":
+        options += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", str(PROPOSALS_ON_CPU)]
     for section in ("FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD", "SEM_SEG_HEAD"):
         options += [f"MODEL.{section}.NORM", of_heads]
     parts = ["backbone", "roi_heads.box_head"] if standardized else []
@@ -150,14 +156,19 @@ class Variant:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
         with profile(activities=activities) as profiler:
             self.step()
-        kind = "device" if on_gpu else "cpu"
         events = profiler.key_averages()
-        total = sum(getattr(event, f"self_{kind}_time_total") for event in events)
-        of_norms = sum(
-            getattr(event, f"{kind}_time_total")
+        norms = [
+            event
             for event in events
             if event.key.removeprefix("aten::").removesuffix("_backward") in _NORM_OPERATIONS
-        )
+        ]
+        if on_gpu:  # kernels are events of their own, and the operations know theirs
+            kernels = [e for e in events if e.device_type == DeviceType.CUDA]
+            total = sum(e.self_device_time_total for e in kernels if not e.is_user_annotation)
+            of_norms = sum(event.device_time_total for event in norms)
+        else:
+            total = sum(event.self_cpu_time_total for event in events)
+            of_norms = sum(event.cpu_time_total for event in norms)
         return of_norms / total if of_norms else None
 
 
