@@ -21,7 +21,13 @@ from gnpractical.datasets.panoptic_evaluation import panoptic_prediction
 from gnpractical.datasets.predictions import draw
 from gnpractical.runs.device import resolve_device
 from gnpractical.runs.errors import in_one_line
-from gnpractical.runs.output_dir import RUN_FILE, check_output_dir, claim_output_dir, write_text
+from gnpractical.runs.output_dir import (
+    RUN_FILE,
+    check_output_dir,
+    claim_output_dir,
+    write_atomically,
+    write_text,
+)
 from gnpractical.runs.saved_run import find_run
 
 
@@ -65,7 +71,8 @@ def predict(args, paths, predict_one, names):
         target = args.output / pictures[number - 1]
         target.parent.mkdir(parents=True, exist_ok=True)
         drawn = draw(pixels, found, names, args.threshold)
-        Image.fromarray(drawn).save(target, quality=92)
+        # Not into what may be a link to the picture itself.
+        write_atomically(target, partial(Image.fromarray(drawn).save, format="JPEG", quality=92))
         height, width, _ = pixels.shape
         images.append({"id": number, "file_name": str(path), "height": height, "width": width})
         of = {"image_id": number, "file_name": str(path)}

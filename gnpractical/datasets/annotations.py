@@ -72,6 +72,8 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
     tiny = Problem("box of less than a pixel", n, MAX_DROPPED)
     elsewhere = Problem("box that its mask is not in", n, MAX_DROPPED)
     textual = Problem("annotation id that is no number", n)
+    again = Problem("annotation given again, with the same box", n, MAX_DROPPED)
+    seen: set[tuple] = set()
     orphan = Problem("image id without image (ignored)", n, tolerated=0.99)
     for a in annotations:
         name = f"annotation {a['id']}"
@@ -81,6 +83,10 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
             textual.offenders.append(name)
         if _is_odd(a):
             odd.offenders.append(f"{name} ({a.get('iscrowd')}, {a.get('area')})")
+        content = (a["image_id"], a["category_id"], *a["bbox"])
+        if content in seen:
+            again.offenders.append(name)
+        seen.add(content)
         image = images.get(a["image_id"])
         if image is None:
             orphan.offenders.append(f"{name} (image {a['image_id']})")
@@ -106,11 +112,12 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
         except (KeyError, TypeError, ValueError, IndexError) as e:
             raise ValueError(f"{name} is malformed: {type(e).__name__}: {e}") from e
     repeated = [_repeated(data, key) for key in ("annotations", "images", "categories")]
+    repeated += [_repeated(data, "images", "file_name"), _textual_categories(data)]
     # Their numbers tell them apart.
     repeated.append(_repeated(data, "categories", "name", tolerated=1.0))
     missing = _missing_files([i["file_name"] for i in images.values()], files, "image")
     problems = [unknown, odd, textual, *repeated, missing, bad_size, undrawable]
-    problems += [bad_box, tiny, bad_mask, elsewhere, orphan]
+    problems += [bad_box, tiny, bad_mask, elsewhere, again, orphan]
     return [p for p in problems if p.offenders]
 
 
@@ -125,9 +132,12 @@ def check_panoptic(data: Json, files: Iterable[str] | None = None) -> list[Probl
     categories = set(semantic_labels(_entries(data, "categories", "id", "name", "isthing")))
     annotations = _entries(data, "annotations", "image_id", "file_name", "segments_info")
     images = {i["id"] for i in _entries(data, "images", "id")}
-    unknown = Problem("segment of an unknown category", len(annotations))
-    duplicate = Problem("segment id used twice in an image", len(annotations))
-    orphan = Problem("image id without image", len(annotations))
+    n = len(annotations)
+    unknown = Problem("segment of an unknown category", n)
+    duplicate = Problem("segment id used twice in an image", n)
+    odd = Problem("segment of id 0, which is void, or with an iscrowd that is not 0 or 1", n)
+    fraction = Problem("image id that is no whole number", n)
+    orphan = Problem("image id without image", n)
     for a in annotations:
         name = a["file_name"]
         segments = _entries(a, "segments_info", "id", "category_id", of=name)
@@ -136,12 +146,17 @@ def check_panoptic(data: Json, files: Iterable[str] | None = None) -> list[Probl
             unknown.offenders.append(f"{name} (category {min(strange)})")
         if len({s["id"] for s in segments}) < len(segments):
             duplicate.offenders.append(name)
+        if any(s["id"] == 0 or _is_odd({"iscrowd": s.get("iscrowd", 0)}) for s in segments):
+            odd.offenders.append(name)
+        if not isinstance(a["image_id"], int) or a["image_id"] < 0:  # which scoring needs
+            fraction.offenders.append(f"{name} ({a['image_id']!r})")
         if a["image_id"] not in images:
             orphan.offenders.append(name)
     repeated = [_repeated(data, key) for key in ("images", "categories")]
     repeated += [_repeated(data, "annotations", key) for key in ("image_id", "file_name")]
     missing = _missing_files([a["file_name"] for a in annotations], files, "PNG")
-    return [p for p in (orphan, unknown, duplicate, *repeated, missing) if p.offenders]
+    problems = [orphan, unknown, _textual_categories(data), fraction, duplicate, odd]
+    return [p for p in (*problems, *repeated, missing) if p.offenders]
 
 
 def _entries(data: Any, key: str, *required: str, of: str = "the JSON") -> list[Json]:
@@ -193,6 +208,11 @@ def _repeated(data: Json, key: str, name: str = "id", tolerated: float = 0.0) ->
     return Problem(f"{name} used twice in {key!r}", len(data[key]), tolerated, repeated)
 
 
+def _textual_categories(data: Json) -> Problem:
+    textual = [repr(c["id"]) for c in data["categories"] if isinstance(c["id"], str)]
+    return Problem("category id that is no number", len(data["categories"]), offenders=textual)
+
+
 def _undrawable(segmentation: Any, image: Json) -> str:
     """Why pycocotools, which checks nothing, would fail on a mask or write past its memory."""
     height, width = image["height"], image["width"]
@@ -205,6 +225,8 @@ def _undrawable(segmentation: Any, image: Json) -> str:
         ):
             return f"its counts must be natural numbers and add up to {height * width}"
         return ""
+    if len(segmentation[0]) < 5:  # of four numbers pycocotools takes all for boxes
+        return f"its first polygon has {len(segmentation[0])} coordinates, 6 are needed"
     far = 4 * max(height, width)  # polygons may overhang, but not by several images
     if not all(-far <= c <= far for polygon in segmentation for c in polygon):
         return f"its coordinates must be numbers between {-far} and {far}"
@@ -221,6 +243,8 @@ def _runs(counts: str | bytes) -> list[int]:
     runs: list[int] = []
     data = iter(counts.encode() if isinstance(counts, str) else counts)
     for byte in data:
+        if not 48 <= byte < 112:  # pycocotools stops at 0
+            return [-1]
         value, shift = (byte - 48) & 0x1F, 5
         while (byte - 48) & 0x20:
             byte = next(data, 48)

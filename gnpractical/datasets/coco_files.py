@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Callable, Collection, Container, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from gnpractical.datasets.panoptic import (
 logger = logging.getLogger(__name__)
 
 CHECKED_PNGS = 20
+MAX_OTHER = 0.1  # the share of images whose two annotations may disagree
 _AS_SCORED = "To be scored it must be given:"
 _NEEDED = {
     "area": f"{_AS_SCORED} in pixels, that of the box where there is no mask",
@@ -87,12 +90,15 @@ def check_annotations(
     """
     refused: list[str] = []
     instances: list[Json] | None = None
+    images: list[Json] = []
     if "json_file" in files:
         data = read_json(files["json_file"])
         if training or "annotations" in data:
             present = _existing(files.get("image_root"), data.get("images"))
             refused += _refused(check_instances, files["json_file"], data, present)
-            instances = data["annotations"]
+            instances, images = data["annotations"], data["images"]
+            if training and not images:
+                raise ValueError(f"{files['json_file']}: it has no images to train on")
             if training and instances and all(a.get("iscrowd") for a in instances):
                 raise ValueError(
                     f"{files['json_file']}: all {len(instances)} annotations are crowds (iscrowd "
@@ -115,6 +121,8 @@ def check_annotations(
             refused.append(
                 f"{files['json_file']}: no annotations, where the panoptic JSON has things"
             )
+        if instances and not refused:
+            refused += _contradictions(images, instances, data)
         if things is not None:
             odd = [c for c in data["categories"] if bool(c["isthing"]) != (c["id"] in things)]
             refused += [f"{files['panoptic_json']}: not of its things: {odd[0]}"] if odd else []
@@ -146,9 +154,45 @@ def _odd_png(files: Mapping[str, str], data: Json) -> list[str]:
         except ValueError as e:
             return [f"{path}: {e}"]
         path = os.path.join(files["sem_seg_root"], annotation["file_name"])
-        if os.path.exists(path) and not np.array_equal(np.asarray(read_image(path)), wanted):
-            remedy = _remedy(files["sem_seg_root"])
+        if os.path.exists(path) and not _holds(path, wanted):
+            # Where it is newer than the others, it would be kept.
+            remedy = f"; delete it{_remedy(files['sem_seg_root'])}"
             return [f"{path} is not what its panoptic PNG makes{remedy}"]
+    return []
+
+
+def _holds(path: str, labels: np.ndarray) -> bool:
+    try:
+        return np.array_equal(np.asarray(read_image(path)), labels)
+    except ValueError:
+        return False
+
+
+def _contradictions(images: list[Json], instances: list[Json], panoptic: Json) -> list[str]:
+    """Where instances and panoptic annotations are not of the same images."""
+    names = {i["id"]: Path(i["file_name"]).stem for i in images}
+    for image in panoptic["images"]:
+        theirs = Path(str(image.get("file_name", ""))).stem
+        if theirs and names.get(image["id"], theirs) != theirs:
+            return [
+                f"image {image['id']} is {names[image['id']]!r} of the instances, but {theirs!r} "
+                f"of the panoptic annotations"
+            ]
+    things = {c["id"] for c in panoptic["categories"] if c["isthing"]}
+    found = defaultdict(set)
+    for annotation in instances:
+        found[annotation["image_id"]].add(annotation["category_id"])
+    other = [
+        str(annotation["image_id"])
+        for annotation in panoptic["annotations"]
+        if not things.intersection(s["category_id"] for s in annotation["segments_info"])
+        <= found[annotation["image_id"]]
+    ]
+    if len(other) > MAX_OTHER * len(panoptic["annotations"]):
+        return [
+            f"{len(other)} of {len(panoptic['annotations'])} images have things of categories in "
+            f"their panoptic annotations that their instances do not have, first {other[0]}"
+        ]
     return []
 
 

@@ -55,7 +55,8 @@ def find_images(inputs: Sequence[str], output: Path, run_file: str) -> list[Path
         if not files:
             raise ValueError(missing)
         found.update(Path(os.path.abspath(f)) for f in files)
-    outside = [path for path in found if Path(os.path.abspath(output)) not in path.parents]
+    written = output.resolve()  # links may lead there
+    outside = [path for path in found if written not in path.resolve().parents]
     if not outside:
         raise ValueError(f"--output {str(output)!r} holds all of --input: take another folder")
     return sorted(outside)
@@ -65,13 +66,15 @@ def output_names(paths: Sequence[Path], suffix: str) -> list[str]:
     """A name below an output folder for what is made of each of ``paths``, no name twice.
 
     It is the path below the folder that all have in common, with ``suffix`` in place of its own, or
-    behind it where two files differ in theirs alone.
+    behind it where another file or folder would have that name.
     """
     common = os.path.commonpath([path.parent for path in paths])
     names = [path.relative_to(common) for path in paths]
-    count = Counter(name.with_suffix("") for name in names)
+    taken = Counter(name.with_suffix(suffix) for name in names)
+    taken.update(name.with_name(name.name + suffix) for name in names)
+    taken.update({folder for name in names for folder in name.parents})
     return [
-        f"{name.with_suffix('') if count[name.with_suffix('')] == 1 else name}{suffix}"
+        str(short if taken[short := name.with_suffix(suffix)] == 1 else f"{name}{suffix}")
         for name in names
     ]
 

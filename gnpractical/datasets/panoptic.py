@@ -17,15 +17,27 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from tqdm.contrib.concurrent import thread_map
 
 VOID = 0
 IGNORE_LABEL = 255
-# Of an image's longer side: tools round boxes, or let them end at another pixel.
+# Of an image's longer side, from 2 pixels on: tools round boxes, or end them at another pixel. Some
+# give stuff the box of the whole image.
 BOX_TOLERANCE = 0.05
 
 Json = dict[str, Any]
+# What turns a picture upright, by its EXIF orientation. ImageOps.exif_transpose would also write
+# the other entries anew, and fail on those that it cannot write.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def rgb_to_id(rgb: np.ndarray) -> np.ndarray:
@@ -49,9 +61,18 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     check_is_file(path)
     try:
         with Image.open(path) as file:
-            return ImageOps.exif_transpose(file)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:  # Pillow's
+            turn = _TURNS.get(_orientation(file))
+            return file.copy() if turn is None else file.transpose(turn)
+    except Exception as e:  # Pillow's decoders raise what they come across
         raise ValueError(f"{path}: not a readable image ({e})") from e
+
+
+def _orientation(image: Image.Image) -> int:
+    """Its EXIF entry; upright, as for Detectron2, where the entries cannot be read."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
 
 
 def check_is_file(path: str | os.PathLike) -> None:
@@ -136,23 +157,24 @@ def _check_boxes(segments: list[Json], present: list[int], numbers: np.ndarray) 
     in_column[numbers, np.arange(width)] = True
     for segment in segments:
         box = segment.get("bbox")
-        if box is None or segment["id"] not in present:
+        if not box or segment["id"] not in present:
             continue
         number = present.index(segment["id"])
         xs, ys = np.flatnonzero(in_column[number]), np.flatnonzero(in_row[number])
         found = [int(v) for v in (xs[0], ys[0], xs[-1] - xs[0] + 1, ys[-1] - ys[0] + 1)]
-        try:
-            is_there = all(
-                abs(a - b) <= BOX_TOLERANCE * max(numbers.shape)
-                for a, b in zip(found, box, strict=True)
-            )
-        except (TypeError, ValueError):
-            is_there = False
-        if not is_there:
+        tolerance = max(2, BOX_TOLERANCE * max(numbers.shape))
+        if not (_are_near(found, box, tolerance) or _are_near([0, 0, width, height], box, 0)):
             raise ValueError(
                 f"segment {segment['id']} has the box {found} in the PNG, but the bbox {box} in "
                 f"the JSON"
             )
+
+
+def _are_near(numbers: list[int], others: Any, tolerance: float) -> bool:
+    try:
+        return all(abs(a - b) <= tolerance for a, b in zip(numbers, others, strict=True))
+    except (TypeError, ValueError):
+        return False
 
 
 def prepare_semantic(
@@ -163,8 +185,8 @@ def prepare_semantic(
 ) -> int:
     """Write the semantic PNG of every annotation of ``panoptic_json``, in parallel.
 
-    Files that are newer than what they are made of are kept, and a file appears only when it is
-    complete, so that an interrupted run can be repeated.
+    Files that are newer than what they are made of are kept, by the time at which each came to its
+    place, and a file appears only when it is complete, so that an interrupted run can be repeated.
 
     Returns:
         The number of files written.
@@ -203,12 +225,13 @@ def prepare_semantic(
             made, source = (os.stat(Path(folder, name)) for folder in (semantic_dir, panoptic_dir))
         except OSError:
             return False
-        return made.st_size > 0 and made.st_mtime >= max(source.st_mtime, written)
+        # Not st_mtime, which unpacking and copying can set to long ago.
+        return made.st_size > 0 and made.st_ctime >= max(source.st_ctime, written)
 
     with FileLock(semantic_dir.with_name(f".{semantic_dir.name}.lock")):
         for part in semantic_dir.rglob(".*.part"):  # of a run that was killed
             part.unlink()
-        written = os.stat(panoptic_json).st_mtime
+        written = os.stat(panoptic_json).st_ctime
         todo = [a for a in data["annotations"] if not up_to_date(a["file_name"])]
         # Threads: decoding PNGs and sorting ids, where the time goes, both release the GIL.
         workers = workers or os.cpu_count()
@@ -246,6 +269,9 @@ def panoptic_quality(
     # number that CVAT writes as an image's date_captured.
     data = read_json(gt_json)
     gt = {key: data[key] for key in ("annotations", "categories") if key in data}
+    for annotation in gt.get("annotations", ()):  # areas are counted, the JSON's may be others
+        for segment in annotation["segments_info"]:
+            segment.pop("area", None)
     try:
         evaluation = PanopticEval(gt, pred_json, gt_folder=gt_dir, pred_folder=pred_dir)
         evaluation.evaluate()

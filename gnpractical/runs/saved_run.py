@@ -48,9 +48,10 @@ def find_run(weights: str) -> SavedRun:
         path = Path(last)
     if not path.is_file():
         raise ValueError(f"--weights {weights!r}: {path} does not exist")
-    for name in (OPTIONS_FILE, CONFIG_FILE):
-        if (folder / name).is_file():
-            return SavedRun(path, folder / name)
+    descriptions = [folder / name for name in (OPTIONS_FILE, CONFIG_FILE)]
+    written = [file for file in descriptions if file.is_file()]
+    if written:  # by several runs, one after the other, if there are two
+        return SavedRun(path, max(written, key=lambda file: file.stat().st_mtime))
     raise ValueError(
         f"--weights {weights!r}: {folder} has neither {OPTIONS_FILE}, which train_torchvision.py "
         f"leaves, nor {CONFIG_FILE}, which train_net.py leaves: without them it is not known what "

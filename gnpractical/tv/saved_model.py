@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gnpractical.datasets.panoptic import read_json
 from gnpractical.datasets.predictions import Prediction
 from gnpractical.runs.classes import Classes, classes_in
 from gnpractical.runs.export import Detector
@@ -28,7 +27,7 @@ def load_model(run: SavedRun, device: str) -> tuple[nn.Module, Classes]:
     if not classes:
         raise ValueError(f"{run.weights} does not record the classes of its model")
     try:
-        options = RunOptions(**json.loads(run.description.read_text()))
+        options = RunOptions(**read_json(run.description))
         check_numbers(options)
         model = build(options, len(classes["things"]), len(classes["stuff"])).to(device)
     except (IndexError, KeyError, TypeError, ValueError) as e:

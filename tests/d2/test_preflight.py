@@ -93,7 +93,7 @@ def test_missing_semantic_pngs_name_the_command(tiny_cfg, own_copy):
         (
             "instances",
             lambda d: [a.update(segmentation=[[1, 2]]) for a in d["annotations"]],
-            "empty mask",
+            "mask that cannot be drawn",
         ),
         ("instances", lambda d: d.pop("categories"), "the JSON has no 'categories'"),
         ("instances", lambda d: d["images"][0].update(file_name="gone.jpg"), "gone.jpg"),
@@ -123,7 +123,10 @@ def test_semantic_pngs_of_other_annotations(tiny_cfg, own_copy):
     path = max((own_copy / "panoptic_stuff_train").iterdir())
     Image.new("L", (160, 120)).save(path)
     text = message(tiny_cfg())
-    assert f"{path} is not what its panoptic PNG makes; run: python tools/prepare" in text
+    advice = "delete it; run: python tools/prepare_panoptic.py"
+    assert f"{path} is not what its panoptic PNG makes; {advice}" in text
+    path.write_bytes(b"no image")
+    assert f"{path} is not what its panoptic PNG makes; {advice}" in message(tiny_cfg())
 
 
 def test_nothing_to_score_is_told(own_copy, caplog):

@@ -25,6 +25,15 @@ def sound():
     }
 
 
+def many(annotation, count):
+    """Copies that differ by the tenth of a pixel at most."""
+    x, *rest = annotation["bbox"]
+    return [
+        copy.deepcopy(annotation) | {"id": i, "bbox": [x + i / count / 10, *rest]}
+        for i in range(count)
+    ]
+
+
 def test_sound_annotations_have_no_problems():
     assert check_instances(sound(), ["a.jpg"]) == []
 
@@ -39,7 +48,22 @@ def test_sound_annotations_have_no_problems():
         ({"bbox": [float("nan"), 1, 2, 2]}, "box outside", "annotation 9"),
         ({"bbox": [1, 1, 2, float("nan")]}, "box outside", "annotation 9"),
         ({"bbox": [1, 1, float("inf"), 2]}, "box outside", "annotation 9"),
-        ({"segmentation": [[1.0, 2.0]]}, "empty mask", "annotation 9"),
+        ({"segmentation": [[1.0, 2.0]]}, "mask that cannot be drawn", "has 2 coordinates"),
+        (
+            {"segmentation": [[1.0, 2.0, 3.0, 4.0], *SQUARE]},  # which pycocotools takes for boxes
+            "mask that cannot be drawn",
+            "its first polygon has 4 coordinates",
+        ),
+        (
+            {"segmentation": {"size": [50, 100], "counts": "_T40" + "\0"}},
+            "mask that cannot be drawn",
+            "add up to 5000",
+        ),
+        (
+            {"segmentation": [*SQUARE, [1.0, 2.0]], "bbox": [90, 40, 9, 9]},
+            "box that its",
+            "[90, 40",
+        ),
         ({"bbox": [0.1, 0.1, 0.2, 0.4]}, "box of less than a pixel", "annotation 9 [0.1, 0.1"),
         ({"bbox": [40, 5, 10, 10]}, "box that its mask is not in", "annotation 9 [40, 5, 10, 10]"),
         (
@@ -152,9 +176,29 @@ def test_every_annotation_an_orphan_is_refused():
 
 def test_ids_used_twice():
     data = sound()
-    data["annotations"] *= 2
+    data["annotations"].append(data["annotations"][0] | {"bbox": [9, 9, 20, 20]})
     (problem,) = check_instances(data)
     assert problem.kind == "id used twice in 'annotations'" and problem.refuse
+
+
+def test_annotations_and_pictures_that_come_twice():
+    data = sound()
+    data["annotations"].append(data["annotations"][0] | {"id": 10})
+    (problem,) = check_instances(data)
+    assert problem.kind.startswith("annotation given again") and problem.offenders == [
+        "annotation 10"
+    ]
+    data = sound()
+    data["images"].append(data["images"][0] | {"id": 2})
+    (problem,) = check_instances(data)
+    assert problem.kind == "file_name used twice in 'images'" and problem.refuse
+
+
+def test_categories_of_text():
+    data = sound()
+    data["categories"][0]["id"] = data["annotations"][0]["category_id"] = "cat"
+    (problem,) = check_instances(data)
+    assert str(problem) == "category id that is no number: 1 of 1, first: 'cat'" and problem.refuse
 
 
 def test_images_that_are_not_on_disk():
@@ -172,7 +216,7 @@ def test_orphans_are_reported_but_harmless():
 
 def test_a_few_bad_boxes_of_a_small_data_set_are_tolerated():
     data = sound()
-    data["annotations"] = [copy.deepcopy(data["annotations"][0]) | {"id": i} for i in range(50)]
+    data["annotations"] = many(data["annotations"][0], 50)
     data["annotations"][7]["bbox"] = [-30, 0, 20, 5]
     (problem,) = check_instances(data)
     assert len(problem.offenders) == 1 and not problem.refuse
@@ -180,9 +224,9 @@ def test_a_few_bad_boxes_of_a_small_data_set_are_tolerated():
 
 def test_a_few_dropped_boxes_are_tolerated_many_are_not():
     data = sound()
-    data["annotations"] = [copy.deepcopy(data["annotations"][0]) | {"id": i} for i in range(1000)]
+    data["annotations"] = many(data["annotations"][0], 1000)
     for i in range(10):
-        data["annotations"][i]["bbox"] = [0, 0, 0, 0]
+        data["annotations"][i]["bbox"] = [0, -i, 0, 0]
     (problem,) = check_instances(data)
     assert len(problem.offenders) == 10 and not problem.refuse
     assert str(problem).count("annotation") == 3

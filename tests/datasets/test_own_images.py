@@ -39,6 +39,16 @@ def test_no_name_twice():
     names = output_names(paths, ".jpg")
     assert names == ["a.jpg.jpg", "a.png.jpg", "b.jpg", "sub/a.jpg", "c.d.jpg"]
     assert output_names([Path("/in/sub/a.jpg")], ".png") == ["a.png"]
+    paths = [Path("/in") / name for name in ("a.jpg", "a.png", "a.jpg.jpg", "b.png", "b.jpg/c.png")]
+    names = output_names(paths, ".jpg")
+    assert names == ["a.jpg.jpg", "a.png.jpg", "a.jpg.jpg.jpg", "b.png.jpg", "b.jpg/c.jpg"]
+
+
+def test_links_to_the_output_folder(folder):
+    (folder / "link").symlink_to(folder / "sub")
+    for inputs, output in (("sub", "link"), ("link", "sub")):
+        with pytest.raises(ValueError, match="holds all of --input: take another folder"):
+            find_images([str(folder / inputs)], folder / output, ".lock")
 
 
 def test_sixteen_bits_keep_their_higher_byte(tmp_path):

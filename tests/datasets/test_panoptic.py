@@ -1,16 +1,19 @@
 import json
+import math
 import os
+import struct
 import time
 
 import numpy as np
 import pytest
 from helpers.panoptic_files import CATEGORIES, halves, write
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from gnpractical.datasets.panoptic import (
     id_to_rgb,
     panoptic_to_semantic,
     prepare_semantic,
+    read_image,
     read_json,
     rgb_to_id,
     semantic_labels,
@@ -38,6 +41,51 @@ def test_semantic_of_panoptic():
     assert out.dtype == np.uint8
 
 
+@pytest.mark.parametrize(
+    "box, error",
+    [
+        (None, ""),
+        ([], ""),
+        ([0, 0, 10, 10], ""),
+        ([0.4, 0, 9, 11], ""),  # rounded, or up to the last pixel
+        ([0, 0, 20, 10], ""),  # the whole image
+        ([10, 0, 10, 10], "segment 1 has the box [0, 0, 10, 10] in the PNG, but the bbox [10, 0,"),
+        ([0, 0, 10], "but the bbox [0, 0, 10] in the JSON"),
+        (["a"] * 4, "but the bbox ['a', "),
+        ([0, 0, math.nan, 10], "but the bbox [0, 0, nan, 10]"),
+    ],
+)
+def test_boxes_are_compared_with_the_png(box, error):
+    segments = [{"id": 1, "category_id": 1, "bbox": box}, {"id": 2, "category_id": 92}]
+    segments.append({"id": 7, "category_id": 92, "bbox": [0, 0, 5, 5]})  # of no pixel
+    try:
+        panoptic_to_semantic(halves(1, 2), segments, semantic_labels(CATEGORIES))
+        assert not error
+    except ValueError as e:
+        assert error and error in str(e)
+
+
+def test_pictures_of_odd_exif_are_read_upright(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (8, 4)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(tmp_path / "a.jpg").size == (4, 8)
+    # The resolution's unit as a fraction, which Pillow reads, but cannot write.
+    unit = b"\x28\x01\x0b\x00\x01\x00\x00\x00\x00\x00\x00\x40"
+    entry = b"\x12\x01\x03\x00\x01\x00\x00\x00\x06\x00\x00\x00"
+    tiff = b"II*\x00\x08\x00\x00\x00\x02\x00" + entry + unit + b"\x00" * 4
+    Image.new("RGB", (8, 4)).save(tmp_path / "b.jpg", exif=b"Exif\x00\x00" + tiff)
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(tmp_path / "b.jpg"))
+    assert read_image(tmp_path / "b.jpg").size == (4, 8)
+    for orientation in range(1, 9):
+        exif[ExifTags.Base.Orientation] = orientation
+        picture = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6))
+        picture.save(tmp_path / "c.png", exif=exif)
+        wanted = ImageOps.exif_transpose(Image.open(tmp_path / "c.png"))
+        np.testing.assert_array_equal(np.asarray(read_image(tmp_path / "c.png")), wanted)
+
+
 def test_prepare_writes_all_and_resumes(tmp_path):
     image = (halves(1, 2), {1: (1, 0), 2: (92, 0)})
     json_path, folder = write(tmp_path, "gt", [image] * 3)
@@ -53,12 +101,13 @@ def test_prepare_writes_all_and_resumes(tmp_path):
 def test_prepare_makes_anew_what_is_older_than_the_annotations(tmp_path):
     json_path, folder = write(tmp_path, "gt", [(halves(1, 2), {1: (1, 0), 2: (92, 0)})] * 2)
     assert prepare_semantic(json_path, folder, tmp_path / "out") == 2
-    later = time.time() + 10
-    os.utime(folder / "1.png", (later, later))
+    time.sleep(0.01)
+    Image.open(folder / "1.png").save(folder / "1.png")
     assert prepare_semantic(json_path, folder, tmp_path / "out") == 1
-    os.utime(folder / "1.png", (1, 1))
+    assert prepare_semantic(json_path, folder, tmp_path / "out") == 0
+    time.sleep(0.01)
     json_path.write_text(json_path.read_text().replace('"category_id": 92', '"category_id": 100'))
-    os.utime(json_path, (later, later))
+    os.utime(json_path, (1, 1))  # as of an archive
     assert prepare_semantic(json_path, folder, tmp_path / "out") == 2
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/0.png")), halves(0, 2))
 

@@ -269,6 +269,10 @@ def without(*keys):
         ("pred", lambda data: [data.pop(key) for key in ("images", "categories")]),
         ("pred", without("area", "iscrowd")),
         ("gt", without("area", "iscrowd")),  # counted in the PNG, and no crowd
+        (
+            "gt",
+            lambda d: [s.update(area=s["area"] // 2) for s in d["annotations"][0]["segments_info"]],
+        ),
         # As CVAT writes them.
         ("gt", lambda data: data["images"][0].update(date_captured=0)),
         ("gt", lambda data: data.update(info={"year": "", "version": ""})),

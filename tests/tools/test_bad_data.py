@@ -24,6 +24,25 @@ def drop(*path):
     return lambda data: [entry.pop(path[1]) for entry in data[path[0]]]
 
 
+def rotate(key, name):
+    """A change that gives every entry of a list the value that the next one has."""
+
+    def change(data):
+        values = [entry[name] for entry in data[key]]
+        for entry, value in zip(data[key], values[1:] + values[:1], strict=True):
+            entry[name] = value
+
+    return change
+
+
+def text_categories(data):
+    for entry in data["categories"]:
+        entry["id"] = f"c{entry['id']}"
+    for annotation in data["annotations"]:
+        for part in annotation.get("segments_info", [annotation]):
+            part["category_id"] = f"c{part['category_id']}"
+
+
 def segments(**changed):
     return lambda data: [s.update(changed) for a in data["annotations"] for s in a["segments_info"]]
 
@@ -39,6 +58,13 @@ CHANGES = {
         "no name": drop("categories", "name"),
         "no file_name": drop("images", "file_name"),
         "no width": drop("images", "width"),
+        "images empty": lambda data: data.update(images=[], annotations=[]),
+        "names rotated": rotate("images", "file_name"),
+        "one name": each("images", file_name="000001.jpg"),
+        "categories of text": text_categories,
+        "given twice": lambda data: data["annotations"].extend(
+            [a | {"id": a["id"] + 1000} for a in data["annotations"]]
+        ),
         "one id": each("annotations", id=1),
         "ids of text": lambda data: [a.update(id=f"a{a['id']}") for a in data["annotations"]],
         "one image id": each("images", id=1),
@@ -66,6 +92,7 @@ CHANGES = {
             f"mask {str(mask)[:30]}": each("annotations", segmentation=mask)
             for mask in (
                 *([[1e8] * 6], [[math.nan] * 6], [["a"] * 6], [[1, 2, 3]], [5], 7, "text"),
+                *([[1, 2, 3, 4], [1, 1, 9, 1, 9, 9]], [[]], RLE | {"counts": "_T40\0"}),
                 *(RLE, RLE | {"counts": "???"}, RLE | {"counts": [-1, 19201]}, RLE | {"size": []}),
                 *({"size": [120, 160]}, {"counts": [19200]}, {"size": [9, 9], "counts": [81]}),
             )
@@ -81,6 +108,18 @@ CHANGES = {
             s.update(id=s["id"] + 5000) for a in d["annotations"] for s in a["segments_info"]
         ],
         "empty segments": each("annotations", segments_info=[]),
+        "image ids rotated": rotate("annotations", "image_id"),
+        "categories of text": text_categories,
+        "iscrowd null": segments(iscrowd=None),
+        "segment id 0": lambda d: [a["segments_info"][0].update(id=0) for a in d["annotations"]],
+        "bbox elsewhere": segments(bbox=[0, 0, 3, 3]),
+        **{
+            f"image ids {kind.__name__}": lambda d, k=kind: [
+                d.update(images=[i | {"id": k(i["id"])} for i in d["images"]]),
+                [a.update(image_id=k(a["image_id"])) for a in d["annotations"]],
+            ]
+            for kind in (str, float)
+        },
         "isthing 2": each("categories", isthing=2),
         "isthing text": each("categories", isthing="no"),
         "no segments": drop("annotations", "segments_info"),
