@@ -155,8 +155,8 @@ def _odd_png(files: Mapping[str, str], data: Json) -> list[str]:
             return [f"{path}: {e}"]
         path = os.path.join(files["sem_seg_root"], annotation["file_name"])
         if os.path.exists(path) and not _holds(path, wanted):
-            # Where it is newer than the others, it would be kept.
-            remedy = f"; delete it{_remedy(files['sem_seg_root'])}"
+            # Newer than what it should be made of, it would be kept.
+            remedy = f"; delete {files['sem_seg_root']}{_remedy(files['sem_seg_root'])}"
             return [f"{path} is not what its panoptic PNG makes{remedy}"]
     return []
 

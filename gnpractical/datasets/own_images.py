@@ -55,8 +55,8 @@ def find_images(inputs: Sequence[str], output: Path, run_file: str) -> list[Path
         if not files:
             raise ValueError(missing)
         found.update(Path(os.path.abspath(f)) for f in files)
-    written = output.resolve()  # links may lead there
-    outside = [path for path in found if written not in path.resolve().parents]
+    written = Path(os.path.realpath(output))  # links may lead there
+    outside = [path for path in found if written not in Path(os.path.realpath(path)).parents]
     if not outside:
         raise ValueError(f"--output {str(output)!r} holds all of --input: take another folder")
     return sorted(outside)

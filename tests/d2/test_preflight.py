@@ -123,7 +123,7 @@ def test_semantic_pngs_of_other_annotations(tiny_cfg, own_copy):
     path = max((own_copy / "panoptic_stuff_train").iterdir())
     Image.new("L", (160, 120)).save(path)
     text = message(tiny_cfg())
-    advice = "delete it; run: python tools/prepare_panoptic.py"
+    advice = f"delete {path.parent}; run: python tools/prepare_panoptic.py"
     assert f"{path} is not what its panoptic PNG makes; {advice}" in text
     path.write_bytes(b"no image")
     assert f"{path} is not what its panoptic PNG makes; {advice}" in message(tiny_cfg())

@@ -28,8 +28,9 @@ def test_files_folders_and_patterns(folder):
 def test_pictures_of_runs_are_left_out(folder, caplog):
     (folder / "sub" / ".lock").write_text("")
     (folder / "dangling.png").symlink_to(folder / "gone.png")  # to be named by the reader
+    (folder / "loop.png").symlink_to(folder / "loop.png")
     names = [p.name for p in find_images([str(folder)], folder / "out", ".lock")]
-    assert names == ["a.jpg", "b.PNG", "dangling.png"]
+    assert names == ["a.jpg", "b.PNG", "dangling.png", "loop.png"]
     assert "1 pictures in folders of runs are left out" in caplog.text
     assert find_images([str(folder / "sub")], folder / "out", ".lock") == [folder / "sub/a.jpg"]
 
