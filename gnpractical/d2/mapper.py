@@ -9,7 +9,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from PIL import Image
 
-from gnpractical.datasets.panoptic import check_depth, check_is_file, check_labels, check_size
+from gnpractical.datasets.image_files import check_depth, check_is_file, check_size
+from gnpractical.datasets.panoptic import check_labels
 
 
 class CheckedMapper:

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import pycocotools.mask as coco_mask
-
+from gnpractical.datasets.masks import is_empty, is_in, why_undrawable
 from gnpractical.datasets.panoptic import Json, semantic_labels
 
 # Detectron2 drops a box or mask that is empty once clipped to its image. A few occur in COCO
@@ -103,16 +102,16 @@ def check_instances(data: Json, files: Iterable[str] | None = None) -> list[Prob
             if isinstance(mask, dict) and list(mask["size"]) != [image["height"], image["width"]]:
                 size = f"{image['height']}x{image['width']}"
                 bad_size.offenders.append(f"{name} {mask['size']} in {size} (height x width)")
-            elif mask and (reason := _undrawable(mask, image)):
+            elif mask and (reason := why_undrawable(mask, image)):
                 undrawable.offenders.append(f"{name} ({reason})")
-            elif mask and _is_empty(mask, image):
+            elif mask and is_empty(mask, image):
                 bad_mask.offenders.append(name)
-            elif mask and not is_odd_box and not _is_in(mask, a["bbox"], image):
+            elif mask and not is_odd_box and not is_in(mask, a["bbox"], image):
                 elsewhere.offenders.append(f"{name} {a['bbox']}")
         except (KeyError, TypeError, ValueError, IndexError) as e:
             raise ValueError(f"{name} is malformed: {type(e).__name__}: {e}") from e
     repeated = [_repeated(data, key) for key in ("annotations", "images", "categories")]
-    repeated += [_repeated(data, "images", "file_name"), _textual_categories(data)]
+    repeated += [_repeated(data, "images", "file_name"), _odd_categories(data)]
     # Their numbers tell them apart.
     repeated.append(_repeated(data, "categories", "name", tolerated=1.0))
     missing = _missing_files([i["file_name"] for i in images.values()], files, "image")
@@ -155,7 +154,7 @@ def check_panoptic(data: Json, files: Iterable[str] | None = None) -> list[Probl
     repeated = [_repeated(data, key) for key in ("images", "categories")]
     repeated += [_repeated(data, "annotations", key) for key in ("image_id", "file_name")]
     missing = _missing_files([a["file_name"] for a in annotations], files, "PNG")
-    problems = [orphan, unknown, _textual_categories(data), fraction, duplicate, odd]
+    problems = [orphan, unknown, _odd_categories(data), fraction, duplicate, odd]
     return [p for p in (*problems, *repeated, missing) if p.offenders]
 
 
@@ -208,78 +207,14 @@ def _repeated(data: Json, key: str, name: str = "id", tolerated: float = 0.0) ->
     return Problem(f"{name} used twice in {key!r}", len(data[key]), tolerated, repeated)
 
 
-def _textual_categories(data: Json) -> Problem:
-    textual = [repr(c["id"]) for c in data["categories"] if isinstance(c["id"], str)]
-    return Problem("category id that is no number", len(data["categories"]), offenders=textual)
-
-
-def _undrawable(segmentation: Any, image: Json) -> str:
-    """Why pycocotools, which checks nothing, would fail on a mask or write past its memory."""
-    height, width = image["height"], image["width"]
-    if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
-        runs = counts if isinstance(counts, list) else _runs(counts)
-        if (
-            not all(isinstance(run, int) and run >= 0 for run in runs)
-            or sum(runs) != height * width
-        ):
-            return f"its counts must be natural numbers and add up to {height * width}"
-        return ""
-    if len(segmentation[0]) < 5:  # of four numbers pycocotools takes all for boxes
-        return f"its first polygon has {len(segmentation[0])} coordinates, 6 are needed"
-    far = 4 * max(height, width)  # polygons may overhang, but not by several images
-    if not all(-far <= c <= far for polygon in segmentation for c in polygon):
-        return f"its coordinates must be numbers between {-far} and {far}"
-    return ""
-
-
-def _runs(counts: str | bytes) -> list[int]:
-    """The run lengths in COCO's compressed form.
-
-    From the third on they are differences to the one before the last, in groups of five bits, the
-    lowest first, with a sixth where more follow. pycocotools checks none of it, and hotcoco finds
-    those that are too long only, not those that leave memory as it was.
-    """
-    runs: list[int] = []
-    data = iter(counts.encode() if isinstance(counts, str) else counts)
-    for byte in data:
-        if not 48 <= byte < 112:  # pycocotools stops at 0
-            return [-1]
-        value, shift = (byte - 48) & 0x1F, 5
-        while (byte - 48) & 0x20:
-            byte = next(data, 48)
-            value |= ((byte - 48) & 0x1F) << shift
-            shift += 5
-        if (byte - 48) & 0x10:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-    return runs
-
-
-def _is_empty(segmentation: Any, image: Json) -> bool:
-    if isinstance(segmentation, dict):
-        return coco_mask.area(to_rle(segmentation, image["height"], image["width"])) == 0
-    return not any(
-        len(p) >= 6
-        and len(p) % 2 == 0
-        and min(p[::2]) < image["width"]
-        and max(p[::2]) > 0
-        and min(p[1::2]) < image["height"]
-        and max(p[1::2]) > 0
-        for p in segmentation
-    )
-
-
-def _is_in(segmentation: Any, box: list[float], image: Json) -> bool:
-    """Whether the middle of a mask's extent is in a box, or less than a pixel beside it."""
-    if isinstance(segmentation, dict):
-        rle = to_rle(segmentation, image["height"], image["width"])
-        x0, y0, width, height = coco_mask.toBbox(rle).tolist()
-        middle = x0 + width / 2, y0 + height / 2
-    else:  # polygons
-        extents = [[c for polygon in segmentation for c in polygon[axis::2]] for axis in (0, 1)]
-        middle = tuple((min(values) + max(values)) / 2 for values in extents)
-    return all(box[i] - 1 <= middle[i] <= box[i] + box[i + 2] + 1 for i in (0, 1))
+def _odd_categories(data: Json) -> Problem:
+    odd = [
+        f"{c['id']!r} {c['name']!r}"
+        for c in data["categories"]
+        if isinstance(c["id"], str) or c["name"].encode(errors="ignore").decode() != c["name"]
+    ]
+    kind = "category whose id is no number, or whose name cannot be written"
+    return Problem(kind, len(data["categories"]), offenders=odd)
 
 
 def _is_number(value: Any) -> bool:
@@ -288,12 +223,3 @@ def _is_number(value: Any) -> bool:
     except (ValueError, OverflowError):
         return False
     return True
-
-
-def to_rle(segmentation: Any, height: int, width: int) -> Json:
-    """The compressed run-length encoding of a mask in any of COCO's three forms."""
-    if isinstance(segmentation, list):  # polygons
-        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    if isinstance(segmentation["counts"], list):
-        return coco_mask.frPyObjects(segmentation, height, width)
-    return segmentation

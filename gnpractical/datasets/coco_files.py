@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from gnpractical.datasets.annotations import check_instances, check_panoptic
+from gnpractical.datasets.image_files import read_image
 from gnpractical.datasets.panoptic import (
     Json,
     panoptic_to_semantic,
     read_ids,
-    read_image,
     read_json,
     semantic_labels,
 )

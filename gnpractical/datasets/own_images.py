@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gnpractical.datasets.panoptic import read_image
+from gnpractical.datasets.image_files import read_image
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from PIL import ExifTags, Image
+from PIL import Image
 from tqdm.contrib.concurrent import thread_map
+
+from gnpractical.datasets.image_files import check_is_file, read_image
 
 VOID = 0
 IGNORE_LABEL = 255
@@ -27,17 +29,6 @@ IGNORE_LABEL = 255
 BOX_TOLERANCE = 0.05
 
 Json = dict[str, Any]
-# What turns a picture upright, by its EXIF orientation. ImageOps.exif_transpose would also write
-# the other entries anew, and fail on those that it cannot write.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def rgb_to_id(rgb: np.ndarray) -> np.ndarray:
@@ -52,48 +43,11 @@ def id_to_rgb(ids: np.ndarray) -> np.ndarray:
 
 
 def read_ids(path: str | os.PathLike) -> np.ndarray:
-    """Segment ids (H, W) of a panoptic PNG; the errors are those of :func:`read_image`."""
-    return rgb_to_id(np.asarray(read_image(path).convert("RGB")))
+    """Segment ids (H, W) of a panoptic PNG, not turned, as others read them, too.
 
-
-def read_image(path: str | os.PathLike) -> Image.Image:
-    """The image in a file, turned upright, or a ValueError that names a file without one."""
-    check_is_file(path)
-    try:
-        with Image.open(path) as file:
-            turn = _TURNS.get(_orientation(file))
-            return file.copy() if turn is None else file.transpose(turn)
-    except Exception as e:  # Pillow's decoders raise what they come across
-        raise ValueError(f"{path}: not a readable image ({e})") from e
-
-
-def _orientation(image: Image.Image) -> int:
-    """Its EXIF entry; upright, as for Detectron2, where the entries cannot be read."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:
-        return 1
-
-
-def check_is_file(path: str | os.PathLike) -> None:
-    """ValueError unless it is one: reading from a pipe would wait for ever."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path} {'is not a file' if os.path.exists(path) else 'does not exist'}")
-
-
-def check_depth(image: Image.Image, path: str) -> None:
-    """ValueError unless it has at most 8 bits a channel."""
-    if image.mode.startswith("I") or image.mode == "F":
-        raise ValueError(f"{path}: 16 or 32 bits a pixel, 8 are required; convert the image")
-
-
-def check_size(image: Image.Image, path: str, entry: Json) -> None:
-    """ValueError unless it has the size that its ``entry`` in the annotations says."""
-    if image.size != (entry["width"], entry["height"]):
-        raise ValueError(
-            f"{path} is {image.width}x{image.height} pixels, but {entry['width']}x"
-            f"{entry['height']} in the annotations"
-        )
+    The errors are those of :func:`read_image`.
+    """
+    return rgb_to_id(np.asarray(read_image(path, upright=False).convert("RGB")))
 
 
 def check_labels(

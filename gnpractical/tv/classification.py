@@ -15,7 +15,7 @@ from torchvision.datasets import Caltech101, ImageFolder, OxfordIIITPet
 from torchvision.models import get_model
 from torchvision.models.resnet import Bottleneck
 
-from gnpractical.datasets.panoptic import check_depth, read_image
+from gnpractical.datasets.image_files import check_depth, read_image
 from gnpractical.runs.errors import first_line
 
 ARCHS = (

@@ -18,17 +18,10 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from gnpractical.datasets.annotations import to_rle
 from gnpractical.datasets.coco_files import check_annotations, check_files, split_files, split_name
-from gnpractical.datasets.panoptic import (
-    Json,
-    check_depth,
-    check_labels,
-    check_size,
-    read_image,
-    read_json,
-    semantic_labels,
-)
+from gnpractical.datasets.image_files import check_depth, check_size, read_image
+from gnpractical.datasets.masks import to_rle
+from gnpractical.datasets.panoptic import Json, check_labels, read_json, semantic_labels
 from gnpractical.datasets.shapes import FOLDER, make_shapes
 from gnpractical.tv.distributed import all_gather, rank
 

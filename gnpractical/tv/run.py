@@ -159,6 +159,8 @@ def _open(options: RunOptions, split: str) -> CocoImages:
 
 def build(options: RunOptions, num_things: int, num_stuff: int) -> nn.Module:
     """The model, at its random start."""
+    if options.model not in MODELS:
+        raise ValueError(f"--model must be one of {', '.join(MODELS)}, got {options.model!r}")
     names = ("depth", "norm", "weight_standardization", "stride_in_1x1", "min_size", "max_size")
     arguments = {name: getattr(options, name) for name in names}
     if options.model == "fasterrcnn_resnet_fpn":

@@ -4,7 +4,8 @@ import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
 
-from gnpractical.datasets.annotations import _runs, check_instances, check_panoptic
+from gnpractical.datasets.annotations import check_instances, check_panoptic
+from gnpractical.datasets.masks import _runs
 
 SQUARE = [[10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]]
 
@@ -198,7 +199,12 @@ def test_categories_of_text():
     data = sound()
     data["categories"][0]["id"] = data["annotations"][0]["category_id"] = "cat"
     (problem,) = check_instances(data)
-    assert str(problem) == "category id that is no number: 1 of 1, first: 'cat'" and problem.refuse
+    assert problem.kind.startswith("category whose id is no number") and problem.refuse
+    assert problem.offenders == ["'cat' 'cat'"]
+    data = sound()
+    data["categories"][0]["name"] = "\ud800"  # half a character, as JSON can have
+    (problem,) = check_instances(data)
+    assert problem.offenders == [r"3 '\ud800'"] and problem.refuse
 
 
 def test_images_that_are_not_on_disk():

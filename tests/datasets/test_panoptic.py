@@ -9,11 +9,12 @@ import pytest
 from helpers.panoptic_files import CATEGORIES, halves, write
 from PIL import ExifTags, Image, ImageOps
 
+from gnpractical.datasets.image_files import read_image
 from gnpractical.datasets.panoptic import (
     id_to_rgb,
     panoptic_to_semantic,
     prepare_semantic,
-    read_image,
+    read_ids,
     read_json,
     rgb_to_id,
     semantic_labels,
@@ -78,6 +79,8 @@ def test_pictures_of_odd_exif_are_read_upright(tmp_path):
     with pytest.raises(struct.error):
         ImageOps.exif_transpose(Image.open(tmp_path / "b.jpg"))
     assert read_image(tmp_path / "b.jpg").size == (4, 8)
+    Image.new("RGB", (8, 4)).save(tmp_path / "ids.png", exif=exif)
+    assert read_ids(tmp_path / "ids.png").shape == (4, 8)  # as other programs read panoptic PNGs
     for orientation in range(1, 9):
         exif[ExifTags.Base.Orientation] = orientation
         picture = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6))
