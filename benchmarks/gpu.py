@@ -103,8 +103,14 @@ def run_part(name, args, device):
     start = time.perf_counter()
     rows = PARTS[name](args, device)
     seconds = round(time.perf_counter() - start)
-    record = {"versions": versions(device), "seconds": seconds, "rows": rows}
+    record = {"dry_run": args.dry_run, "versions": versions(device), "seconds": seconds}
+    record["rows"] = rows
     write_text(args.output / f"{name}.json", json.dumps(record, indent=1))
+
+
+def has_failures(output):
+    rows = json.loads((output / "tests.json").read_text())["rows"]
+    return any(row["tests"] == "failed" for row in rows)
 
 
 def report(output):
@@ -144,12 +150,19 @@ def main():
             print(f"{name}: left out, Detectron2 is not installed")
         elif (args.output / f"{name}.json").exists():
             print(f"{name}: is there already")
+            if json.loads((args.output / f"{name}.json").read_text())["dry_run"] != args.dry_run:
+                raise ValueError(
+                    f"{args.output} has a {'measurement' if args.dry_run else 'rehearsal'}: take "
+                    f"another --output"
+                )
         else:
             # Apart, since an error of CUDA's would make all that follows fail.
             with ProcessPoolExecutor(1, spawn) as process:
                 try:
                     process.submit(run_part, name, args, device).result()
                     print(f"{name}: done", flush=True)
+                    if name == "tests" and has_failures(args.output):
+                        failed.append("tests (tests.json names them; delete it to run them again)")
                 except Exception as e:
                     failed.append(f"{name} ({type(e).__name__}: {first_line(e)})")
         text = report(args.output)

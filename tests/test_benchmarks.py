@@ -39,6 +39,9 @@ def test_all_that_needs_a_gpu_part_by_part(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "tests: is there already" in done.stdout
     assert (tmp_path / "tests.json").stat().st_mtime_ns == before
+    path = tmp_path / "tests.json"  # as if it had been measured
+    path.write_text(path.read_text().replace('"dry_run": true', '"dry_run": false'))
+    assert f"{tmp_path} has a measurement: take another --output" in gpu(*parts).stderr
     norms = json.loads(read(tmp_path, "group_norm"))["rows"]
     assert {row["norm"] for row in norms} == {"copy", "bn", "torch", "split"}
     assert all(row["error"] < 1e-5 for row in norms if row["error"] is not None)

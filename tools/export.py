@@ -47,6 +47,8 @@ def parse_args():
 def check(args):
     if args.output.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"--output must end in .onnx or .pt2, got {str(args.output)!r}")
+    if args.output.is_dir():
+        raise ValueError(f"--output {str(args.output)!r} is a folder; a file is written")
     if any(side < 2 * STRIDE or side % STRIDE for side in args.size):
         raise ValueError(f"--size must be multiples of {STRIDE} from {2 * STRIDE}, got {args.size}")
     if args.part == "model" and args.output.suffix == ".pt2":

@@ -96,7 +96,8 @@ def metadata_of(instances: Sequence[Json], panoptic: Sequence[Json] = ()) -> dic
         "evaluator_type": "coco_panoptic_seg",
         "ignore_label": IGNORE_LABEL,
         "stuff_classes": ["things", *(names[id] for id in stuff)],
-        "stuff_dataset_id_to_contiguous_id": {0: 0} | stuff,
+        # That of all things together is 0 in Detectron2, too, unless a stuff category has it.
+        "stuff_dataset_id_to_contiguous_id": {-1 if 0 in stuff else 0: 0} | stuff,
     }
 
 

@@ -32,7 +32,7 @@ def load_model(run: SavedRun, device: str) -> tuple[nn.Module, Classes, CfgNode]
     Raises:
         ValueError: The checkpoint or the config are damaged, or do not belong together.
     """
-    if "_target_:" in run.description.read_text():
+    if "_target_:" in run.description.read_text(errors="replace"):
         raise ValueError(
             f"{run.description} is a LazyConfig, whose runs cannot be read, YAML's can"
         )

@@ -45,10 +45,11 @@ def find_images(inputs: Sequence[str], output: Path, run_file: str) -> list[Path
                     "%s: %d pictures in folders of runs are left out", path, len(of_runs)
                 )
             files = [f for f in files if f not in of_runs]
-            missing = f"--input {text!r}: there is no picture in this folder"
+            but = "; those of runs are taken when their own folder is named" if of_runs else ""
+            missing = f"--input {text!r}: there is no picture in this folder{but}"
         else:
             files = [path] if path.is_file() else [Path(f) for f in glob.glob(text, recursive=True)]
-            files = [f for f in files if f.is_file()]
+            files = [f for f in files if not f.is_dir()]  # dangling links are named by the reader
             missing = (
                 f"--input {text!r}: there is no such file or folder, nor a file of this pattern"
             )

@@ -155,7 +155,7 @@ def _backbone(
     check_width("channels", channels)
     if not isinstance(stride_in_1x1, bool):
         raise ValueError(f"stride_in_1x1 must be True or False, got {stride_in_1x1!r}")
-    if depth not in DEPTHS:
+    if not isinstance(depth, int) or depth not in DEPTHS:
         raise ValueError(f"depth must be one of {DEPTHS}, got {depth!r}")
     if stages not in (1, 2, 3, 4):
         raise ValueError(f"stages must be 1 to 4, got {stages!r}")

@@ -7,7 +7,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from gnpractical.d2.own_data import folder_overrides, register_own, use_own_data
+from gnpractical.d2.own_data import folder_overrides, metadata_of, register_own, use_own_data
 from gnpractical.d2.preflight import check_datasets
 
 
@@ -71,6 +71,13 @@ def test_a_panoptic_folder_is_what_the_shapes_are(tiny_cfg, folder, few_shapes):
     assert len(records) == 4 and records[0]["sem_seg_file_name"].endswith("stuff_val/000001.png")
     wanted = below(DatasetCatalog.get("gnp_shapes_val"), few_shapes / "gnp_shapes")
     assert below(records, folder) == wanted
+
+
+def test_a_stuff_category_may_have_the_id_0():
+    panoptic = [{"id": 0, "name": "sky", "isthing": 0}, {"id": 7, "name": "cat", "isthing": 1}]
+    metadata = metadata_of(panoptic[1:], panoptic)
+    assert metadata["stuff_classes"] == ["things", "sky"]
+    assert metadata["stuff_dataset_id_to_contiguous_id"] == {-1: 0, 0: 1}
 
 
 def test_polygons_stay_polygons(tiny_cfg, folder):

@@ -32,6 +32,11 @@ def test_pictures_of_runs_are_left_out(folder, caplog):
     names = [p.name for p in find_images([str(folder)], folder / "out", ".lock")]
     assert names == ["a.jpg", "b.PNG", "dangling.png", "loop.png"]
     assert "1 pictures in folders of runs are left out" in caplog.text
+    (folder / "runs").mkdir()
+    (folder / "sub").rename(folder / "runs" / "sub")
+    with pytest.raises(ValueError, match="those of runs are taken when their own folder is named"):
+        find_images([str(folder / "runs")], folder / "out", ".lock")
+    (folder / "runs" / "sub").rename(folder / "sub")
     assert find_images([str(folder / "sub")], folder / "out", ".lock") == [folder / "sub/a.jpg"]
 
 

@@ -127,6 +127,7 @@ def test_whole_models(run_folder, export, tmp_path):
 
 def test_bad_input(run_folder, export, tmp_path):
     path = tmp_path / "model.onnx"
+    (tmp_path / "dir.onnx").mkdir()
     for weights, output, options, expected in [
         (run_folder, tmp_path / "model.trt", (), "--output must end in .onnx or .pt2"),
         (
@@ -137,6 +138,7 @@ def test_bad_input(run_folder, export, tmp_path):
         ),
         (run_folder, path, ("--size", 0, 64), "--size must be multiples of 32"),
         (run_folder, tmp_path / "m.pt2", ("--part", "model"), "Write the whole model as .onnx"),
+        (run_folder, tmp_path / "dir.onnx", (), "is a folder; a file is written"),
         (run_folder, path, ("--opset", 17), "--opset must be from 18 to "),
         (run_folder, path, ("--opset", 200), ", got 200"),
         (tmp_path / "gone", path, (), "gone does not exist"),
