@@ -49,6 +49,7 @@ def test_semantic_of_panoptic():
         ([], ""),
         ([0, 0, 10, 10], ""),
         ([0.4, 0, 9, 11], ""),  # rounded, or up to the last pixel
+        ([0, 0, 8, 10], ""),  # two pixels, in small images more than 5%
         ([0, 0, 20, 10], ""),  # the whole image
         ([10, 0, 10, 10], "segment 1 has the box [0, 0, 10, 10] in the PNG, but the bbox [10, 0,"),
         ([0, 0, 10], "but the bbox [0, 0, 10] in the JSON"),

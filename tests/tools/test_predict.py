@@ -72,8 +72,16 @@ def test_pictures_of_all_kinds(run_folder, predict, places, tmp_path):
     (folder / "text.jpg").write_text("no picture")
     image.resize((500, 2)).save(folder / "thin.png")
     Image.fromarray(np.zeros((9, 9), np.float32)).save(folder / "float.tiff")
+    (folder / "earlier").mkdir()
+    (folder / "earlier" / ".lock").write_text("")  # as a run leaves
+    image.save(folder / "earlier" / "same.jpg")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "exif.jpg").symlink_to(folder / "exif.jpg")
+    before = (folder / "exif.jpg").read_bytes()
     code, text = predict(run_folder, folder)
     assert code == 0, text
+    assert (folder / "exif.jpg").read_bytes() == before
+    assert f"{folder}: 1 pictures in folders of runs are left out" in text
     for name in ("cut.jpg", "text.jpg", "thin.png", "float.tiff"):
         assert f"skipped: {folder / name}: " in text
     assert "11 pictures with" in text and "4 files were skipped" in text
