@@ -10,9 +10,8 @@ from torch import nn
 
 from gnpractical import group_report
 from gnpractical.layers.weight_standardization import WSConv2d
-from gnpractical.tv import fasterrcnn_resnet_fpn, panoptic_fpn_resnet
+from gnpractical.tv import fasterrcnn_resnet_fpn, panoptic_fpn_resnet, run
 from gnpractical.tv.builders import norm_layer
-from gnpractical.tv.run import RunOptions, build
 
 IMAGES = [torch.rand(3, 60, 80), torch.rand(3, 50, 80)]
 TARGETS = [
@@ -135,7 +134,7 @@ def test_unknown_names_and_numbers():
         with pytest.raises(ValueError, match="Unknown norm"):
             norm_layer(bad)
     with pytest.raises(ValueError, match="--model must be one of panoptic_fpn_resnet, fast"):
-        build(RunOptions(output_dir="", model="foo"), 4, 4)
+        run.build(run.RunOptions(output_dir="", model="foo"), 4, 4)
     with pytest.raises(ValueError, match=r"depth must be one of \(18, 34, 50, 101\), got 19"):
         fasterrcnn_resnet_fpn(depth=19)
     with pytest.raises(ValueError, match="stages must be 1 to 4"):
