@@ -1,10 +1,12 @@
 import copy
+import json
 
 import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
 
 from gnpractical.datasets.annotations import check_instances, check_panoptic
+from gnpractical.datasets.coco_files import check_annotations
 from gnpractical.datasets.masks import _runs
 
 SQUARE = [[10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]]
@@ -292,3 +294,30 @@ def test_repeated_ids_of_a_panoptic_file_are_refused(key):
     data[key] *= 2
     (problem,) = check_panoptic(data)
     assert problem.kind == f"id used twice in {key!r}" and problem.refuse
+
+
+def test_segments_that_scoring_takes_for_void():
+    data = {
+        "images": [{"id": 1}],
+        "categories": [{"id": 3, "name": "cat", "isthing": 1}],
+        "annotations": [
+            {
+                "image_id": 1,
+                "file_name": "a.png",
+                "segments_info": [{"id": 0, "category_id": 3}],
+            }
+        ],
+    }
+    (problem,) = check_panoptic(data)
+    assert problem.kind.startswith("segment of id 0") and problem.refuse
+
+
+def test_nothing_to_train_on(tmp_path):
+    path = tmp_path / "a.json"
+    for change, message in (
+        ({"images": [], "annotations": []}, "it has no images to train on"),
+        ({"annotations": [sound()["annotations"][0] | {"iscrowd": 1}]}, "all 1 annotations are cr"),
+    ):
+        path.write_text(json.dumps(sound() | change))
+        with pytest.raises(ValueError, match=f"a.json: {message}"):
+            check_annotations("mine", {"json_file": str(path)}, "")
