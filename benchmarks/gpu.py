@@ -20,6 +20,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def run_tests(args, device):
     where = "tests/layers" if args.dry_run else "tests/*"
     files = sorted(str(path) for path in ROOT.glob(f"{where}/test_*_on_gpu.py"))
     written = args.output.resolve() / "tests.xml"
+    written.unlink(missing_ok=True)  # an earlier run's, should this one end without any
     command = [sys.executable, "-m", "pytest", *files, "-q", f"--junitxml={written}"]
     environment = os.environ | {"GNPRACTICAL_TEST_DEVICE": device}
     subprocess.run(command, cwd=ROOT, env=environment, check=False)
@@ -73,19 +75,11 @@ def measure_steps(args, device, framework):
     ]
 
 
-def measure_torchvision(args, device):
-    return measure_steps(args, device, "torchvision")
-
-
-def measure_detectron2(args, device):
-    return measure_steps(args, device, "detectron2")
-
-
 PARTS = {
     "tests": run_tests,
     "group_norm": measure_group_norm,
-    "torchvision": measure_torchvision,
-    "detectron2": measure_detectron2,
+    "torchvision": partial(measure_steps, framework="torchvision"),
+    "detectron2": partial(measure_steps, framework="detectron2"),
 }
 FLOATS = {"tests": ".0f", "group_norm": group_norm.FLOATS}  # of a table's columns
 

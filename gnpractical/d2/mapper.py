@@ -51,5 +51,5 @@ class CheckedMapper:
                     check_labels(labels, path, classes, training=self.is_train, ignored=ignored)
         try:
             return self.mapper(dataset_dict)
-        except (OSError, RuntimeError) as e:  # Pillow's, which does not say where
+        except OSError as e:  # Pillow's, which does not say where
             raise ValueError(f"{dataset_dict['file_name']}: not a readable image ({e})") from e

@@ -89,58 +89,65 @@ def check_annotations(
             "segmentation".
     """
     refused: list[str] = []
-    instances: list[Json] | None = None
-    images: list[Json] = []
+    instances: Json = {}
     if "json_file" in files:
-        data = read_json(files["json_file"])
-        if training or "annotations" in data:
-            present = _existing(files.get("image_root"), data.get("images"))
-            refused += _refused(check_instances, files["json_file"], data, present)
-            instances, images = data["annotations"], data["images"]
-            if training and not images:
-                raise ValueError(f"{files['json_file']}: it has no images to train on")
-            if training and instances and all(a.get("iscrowd") for a in instances):
-                raise ValueError(
-                    f"{files['json_file']}: all {len(instances)} annotations are crowds (iscrowd "
-                    f"1), on which nothing is trained"
-                )
-            for key in needed:
-                lacking = [a["id"] for a in data["annotations"] if not _has(a, key)]
-                if lacking:
-                    raise ValueError(
-                        f"{files['json_file']}: {len(lacking)} of {len(data['annotations'])} "
-                        f"annotations have no {key!r}, first {lacking[0]}. {_NEEDED[key]}"
-                    )
-        if not training and not instances:
-            logger.warning("%s has no annotations: there is nothing to score", files["json_file"])
+        instances, refused = _instances(files, training, needed)
     if "panoptic_json" in files:
         data = read_json(files["panoptic_json"])
         present = _existing(files["panoptic_root"], data.get("annotations"))
         refused += _refused(check_panoptic, files["panoptic_json"], data, present)
-        if instances == [] and _has_things(data):
-            refused.append(
-                f"{files['json_file']}: no annotations, where the panoptic JSON has things"
-            )
-        if instances and not refused:
-            refused += _contradictions(images, instances, data)
         if things is not None:
             odd = [c for c in data["categories"] if bool(c["isthing"]) != (c["id"] in things)]
             refused += [f"{files['panoptic_json']}: not of its things: {odd[0]}"] if odd else []
-        if not refused and "sem_seg_root" in files:  # else prepare_panoptic.py reads them all
-            refused += _odd_png(files, data)
+        if not refused and "annotations" in instances:
+            refused += _contradictions(instances, data)
         if "sem_seg_root" in files:
-            wanted = {a["file_name"] for a in data["annotations"]}
-            missing = wanted.difference(_existing(files["sem_seg_root"], data["annotations"]) or ())
-            if missing:
-                raise ValueError(
-                    f"Data set {name}: {len(missing)} of {len(wanted)} semantic PNGs are not in "
-                    f"{files['sem_seg_root']!r}, first {min(missing)}"
-                    f"{_remedy(files['sem_seg_root'])}."
-                )
+            if not refused:  # else prepare_panoptic.py reads them all
+                refused += _odd_png(files, data)
+            _check_semantic_pngs(name, files["sem_seg_root"], data["annotations"])
     if refused:
         raise ValueError(
             f"Data set {name} would train wrongly. {'; '.join(refused)}. Mend the annotations, or "
             f"{remedy} to train on them as they are."
+        )
+
+
+def _instances(
+    files: Mapping[str, str], training: bool, needed: Collection[str]
+) -> tuple[Json, list[str]]:
+    """The instances JSON, and what is so wrong with it that it is refused."""
+    path, refused = files["json_file"], []
+    data = read_json(path)
+    if training or "annotations" in data:
+        present = _existing(files.get("image_root"), data.get("images"))
+        refused = _refused(check_instances, path, data, present)
+        annotations = data["annotations"]
+        if training and not data["images"]:
+            raise ValueError(f"{path}: it has no images to train on")
+        if training and annotations and all(a.get("iscrowd") for a in annotations):
+            raise ValueError(
+                f"{path}: all {len(annotations)} annotations are crowds (iscrowd 1), on which "
+                f"nothing is trained"
+            )
+        for key in needed:
+            lacking = [a["id"] for a in annotations if not _has(a, key)]
+            if lacking:
+                raise ValueError(
+                    f"{path}: {len(lacking)} of {len(annotations)} annotations have no {key!r}, "
+                    f"first {lacking[0]}. {_NEEDED[key]}"
+                )
+    if not training and not data.get("annotations"):
+        logger.warning("%s has no annotations: there is nothing to score", path)
+    return data, refused
+
+
+def _check_semantic_pngs(name: str, root: str, annotations: list[Json]) -> None:
+    wanted = {a["file_name"] for a in annotations}
+    missing = wanted.difference(_existing(root, annotations) or ())
+    if missing:
+        raise ValueError(
+            f"Data set {name}: {len(missing)} of {len(wanted)} semantic PNGs are not in {root!r}, "
+            f"first {min(missing)}{_remedy(root)}."
         )
 
 
@@ -168,9 +175,9 @@ def _holds(path: str, labels: np.ndarray) -> bool:
         return False
 
 
-def _contradictions(images: list[Json], instances: list[Json], panoptic: Json) -> list[str]:
+def _contradictions(instances: Json, panoptic: Json) -> list[str]:
     """Where instances and panoptic annotations are not of the same images."""
-    names = {i["id"]: Path(i["file_name"]).stem for i in images}
+    names = {i["id"]: Path(i["file_name"]).stem for i in instances["images"]}
     for image in panoptic["images"]:
         theirs = Path(str(image.get("file_name", ""))).stem
         if theirs and names.get(image["id"], theirs) != theirs:
@@ -180,25 +187,21 @@ def _contradictions(images: list[Json], instances: list[Json], panoptic: Json) -
             ]
     things = {c["id"] for c in panoptic["categories"] if c["isthing"]}
     found = defaultdict(set)
-    for annotation in instances:
+    for annotation in instances["annotations"]:
         found[annotation["image_id"]].add(annotation["category_id"])
-    other = [
-        str(annotation["image_id"])
-        for annotation in panoptic["annotations"]
-        if not things.intersection(s["category_id"] for s in annotation["segments_info"])
-        <= found[annotation["image_id"]]
-    ]
-    if len(other) > MAX_OTHER * len(panoptic["annotations"]):
+    segments = {
+        a["image_id"]: things.intersection(s["category_id"] for s in a["segments_info"])
+        for a in panoptic["annotations"]
+    }
+    if not found and any(segments.values()):
+        return ["the instances have no annotations, where the panoptic JSON has things"]
+    other = [id for id, categories in segments.items() if not categories <= found[id]]
+    if len(other) > MAX_OTHER * len(segments):
         return [
-            f"{len(other)} of {len(panoptic['annotations'])} images have things of categories in "
-            f"their panoptic annotations that their instances do not have, first {other[0]}"
+            f"{len(other)} of {len(segments)} images have things of categories in their panoptic "
+            f"annotations that their instances do not have, first {other[0]}"
         ]
     return []
-
-
-def _has_things(panoptic: Json) -> bool:
-    ids = {c["id"] for c in panoptic["categories"] if c["isthing"]}
-    return any(s["category_id"] in ids for a in panoptic["annotations"] for s in a["segments_info"])
 
 
 def _has(annotation: Json, key: str) -> bool:

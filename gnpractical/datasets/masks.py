@@ -17,7 +17,7 @@ def why_undrawable(segmentation: Any, image: Json) -> str:
     height, width = image["height"], image["width"]
     if isinstance(segmentation, dict):
         counts = segmentation["counts"]
-        runs = counts if isinstance(counts, list) else _runs(counts)
+        runs = counts if isinstance(counts, list) else run_lengths(counts)
         if (
             not all(isinstance(run, int) and run >= 0 for run in runs)
             or sum(runs) != height * width
@@ -32,7 +32,7 @@ def why_undrawable(segmentation: Any, image: Json) -> str:
     return ""
 
 
-def _runs(counts: str | bytes) -> list[int]:
+def run_lengths(counts: str | bytes) -> list[int]:
     """The run lengths in COCO's compressed form.
 
     From the third on they are differences to the one before the last, in groups of five bits, the

@@ -1,36 +1,14 @@
 import copy
-import json
 
-import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
+from helpers.instances import SQUARE, sound
 
 from gnpractical.datasets.annotations import check_instances, check_panoptic
-from gnpractical.datasets.coco_files import check_annotations
-from gnpractical.datasets.masks import _runs
-
-SQUARE = [[10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]]
-
 
 # Its runs would be 4000, 116, 784 and, by the formula, 100, but pycocotools stops before the last.
 NUL = coco_mask.frPyObjects({"size": [50, 100], "counts": [4000, 116, 784]}, 50, 100)
 NUL["counts"] = NUL["counts"].decode() + "\0"
-
-
-def sound():
-    return {
-        "images": [{"id": 1, "file_name": "a.jpg", "width": 100, "height": 50}],
-        "categories": [{"id": 3, "name": "cat"}],
-        "annotations": [
-            {
-                "id": 9,
-                "image_id": 1,
-                "category_id": 3,
-                "bbox": [10, 10, 20, 20],
-                "segmentation": SQUARE,
-            }
-        ],
-    }
 
 
 def many(annotation, count):
@@ -114,29 +92,6 @@ def test_each_problem_names_its_offender_and_is_refused(change, kind, offender):
     (problem,) = check_instances(data, ["a.jpg"])
     assert problem.kind.startswith(kind) and problem.refuse
     assert offender in str(problem) and "1 of 1" in str(problem)
-
-
-def test_compressed_run_lengths_are_those_that_pycocotools_writes():
-    rng = np.random.default_rng(0)
-    for share in (0.0, 0.02, 0.5, 1.0):
-        mask = (rng.random((50, 100)) < share).astype(np.uint8)
-        rle = coco_mask.encode(np.asfortranarray(mask))
-        data = sound()
-        mask_of_all = {"size": [50, 100], "counts": rle["counts"]}
-        data["annotations"][0] |= {"segmentation": mask_of_all, "bbox": [0, 0, 100, 50]}
-        kinds = [problem.kind for problem in check_instances(data)]
-        assert kinds == ([] if share else ["empty mask, or outside its image"])
-        assert sum(_runs(rle["counts"])) == 5000
-        assert sum(_runs(rle["counts"])[1::2]) == mask.sum()
-
-
-def test_a_mask_of_run_lengths_in_its_box():
-    mask = np.zeros((50, 100), np.uint8)
-    mask[30:40, 80:95] = 1
-    rle = coco_mask.encode(np.asfortranarray(mask))
-    data = sound()
-    data["annotations"][0] |= {"segmentation": rle, "bbox": [80, 30, 15, 10]}
-    assert check_instances(data) == []
 
 
 @pytest.mark.parametrize(
@@ -310,14 +265,3 @@ def test_segments_that_scoring_takes_for_void():
     }
     (problem,) = check_panoptic(data)
     assert problem.kind.startswith("segment of id 0") and problem.refuse
-
-
-def test_nothing_to_train_on(tmp_path):
-    path = tmp_path / "a.json"
-    for change, message in (
-        ({"images": [], "annotations": []}, "it has no images to train on"),
-        ({"annotations": [sound()["annotations"][0] | {"iscrowd": 1}]}, "all 1 annotations are cr"),
-    ):
-        path.write_text(json.dumps(sound() | change))
-        with pytest.raises(ValueError, match=f"a.json: {message}"):
-            check_annotations("mine", {"json_file": str(path)}, "")

@@ -74,10 +74,12 @@ def test_backbones(run_folder, export, tmp_path):
     _, model = saved_model(run_folder)
     images = torch.randn(3, 3, 96, 160)
     wanted = model.backbone(images)
-    files = {"plain.onnx": (), "new.onnx": ("--opset", 21), "file.pt2": ("--size", 64, 64)}
-    if not find_run(str(run_folder)).of_detectron2:  # each takes seconds
-        files["kept.onnx"] = ("--opset", 21, "--keep-layer-norm")
-    for name, options in files.items():
+    for name, options in {
+        "plain.onnx": (),
+        "new.onnx": ("--opset", 21),
+        "kept.onnx": ("--opset", 21, "--keep-layer-norm"),
+        "file.pt2": ("--size", 64, 64),
+    }.items():
         path = tmp_path / name
         code, text = export(run_folder, path, *options)
         assert code == 0, text
@@ -92,10 +94,8 @@ def test_backbones(run_folder, export, tmp_path):
         close(outputs, wanted.values())
     assert layer_norms(tmp_path / "plain.onnx") == (0, 0)
     some, none = layer_norms(tmp_path / "new.onnx")
-    assert some > 0 and none == 0
-    if "kept.onnx" in files:
-        both, one = layer_norms(tmp_path / "kept.onnx")
-        assert one > 0 and both == some + one
+    both, one = layer_norms(tmp_path / "kept.onnx")
+    assert some > 0 and none == 0 and one > 0 and both == some + one
     assert {p.suffix for p in tmp_path.iterdir()} <= {".onnx", ".pt2", ".txt"}
 
 
