@@ -25,7 +25,7 @@ test-fast: setup
 
 check: lint types test
 
-# A quarter of an hour on a quiet machine; see benchmarks/README.md.
+# Up to half an hour on a quiet machine; see benchmarks/README.md.
 bench: setup
 	@for script in group_norm weight_standardization folding simulation_speed law steps; do \
 	  echo "== $$script"; PYTHONWARNINGS=ignore $(BIN)/python benchmarks/$$script.py || exit 1; done
